@@ -1,0 +1,81 @@
+# Two commands: `make tune` and `make test`. Both set up .venv first; nothing has to be typed before.
+#
+#   TORCH=auto|cpu|cuda   which torch to install; auto looks for an NVIDIA GPU
+#   TORCH_CPU, TORCH_CUDA the requirements behind the two, e.g. TORCH_CUDA='torch==2.11.0'
+#   PRESET, ARGS          what `make tune` tunes, and further options of `nsa-autotune tune`
+#   PYTHON, VENV          the interpreter (3.11 or newer) and the folder of the environment
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+TORCH ?= auto
+TORCH_CPU ?= torch==2.13.0
+TORCH_CUDA ?= torch
+PYTEST_ARGS ?=
+ARGS ?=
+
+GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes || echo no)
+BUILD := $(if $(filter auto,$(TORCH)),$(if $(filter yes,$(GPU)),cuda,cpu),$(TORCH))
+ifeq ($(filter cpu cuda,$(BUILD)),)
+$(error TORCH must be auto, cpu or cuda; got TORCH=$(TORCH))
+endif
+PRESET ?= $(if $(filter cuda,$(BUILD)),$(if $(filter yes,$(GPU)),gqa16-d128,tiny),tiny)
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+
+BIN := $(VENV)/bin
+REQUIREMENT := $(if $(filter cpu,$(BUILD)),$(TORCH_CPU),$(TORCH_CUDA))
+STAMP := $(VENV)/.ready-$(BUILD)
+
+.PHONY: help setup tune test test-gpu bench lint format goldens wheel smoke clean
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+	@echo "targets: setup tune test test-gpu bench lint format goldens wheel smoke clean"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; none was found. Name one: make PYTHON=/path/to/python3." >&2; exit 1; }
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	@if compgen -G "$(VENV)/.ready-*" >/dev/null && [ ! -e $@ ]; then $(BIN)/python -m pip uninstall --quiet --yes torch; fi
+	@rm -f $(VENV)/.ready-*
+	$(BIN)/python -m pip install --quiet "$(REQUIREMENT)"
+	$(BIN)/python -m pip install --quiet --editable ".[test,dev]"
+	@touch $@
+
+tune: $(STAMP)  ## the main job
+	$(BIN)/nsa-autotune tune --preset $(PRESET) $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest tests/cpu -n 2 $(PYTEST_ARGS)
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
+
+bench: $(STAMP)
+	$(BIN)/nsa-autotune bench $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+goldens: $(STAMP)  ## accept what the templates render now
+	$(BIN)/nsa-autotune render --write
+
+wheel: $(STAMP)
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --outdir dist .
+
+smoke: wheel
+	scripts/wheel_smoke.sh $(BIN)/python dist/*.whl
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,27 @@
+"""Native Sparse Attention in Triton, tuned on the GPU at hand. Importing this touches no GPU and reads no file."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import NSAConfig
+    from .nn import NativeSparseAttention
+    from .ops import nsa_attention
+
+__version__ = "0.1.0"
+__all__ = ["NSAConfig", "NativeSparseAttention", "__version__", "nsa_attention"]
+
+_OWNERS = {"NSAConfig": ".config", "NativeSparseAttention": ".nn", "nsa_attention": ".ops"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `import nsa_autotune` stays quick."""
+    if name not in _OWNERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_OWNERS[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

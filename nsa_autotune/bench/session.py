@@ -1,0 +1,247 @@
+"""Trials in this process: render, load, compile, gate, time. Run by the worker's child, since none survives a crash."""
+
+from __future__ import annotations
+
+import importlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+
+from ..spec import Config, KernelSpec, Problem, canonical_json
+from .accuracy import Case, gate_problem, prepare_gate, prepare_rows, run_cases
+from .compare import AccuracyReport
+from .failure import classify, is_sticky
+from .inputs import TrialInputs, make_inputs
+from .library import library_call
+from .result import TrialResult
+from .timing import Clock, Fn, Timing, make_clock, summarize, time_launches
+
+T = TypeVar("T")
+
+TOOLCHAIN = "nsa_autotune.bench.toolchain"
+GATES_KEPT = 4
+PROBLEMS_KEPT = 1  # tensors at full length fill device memory
+REASON_CHARS = 2000
+
+Tell = Callable[[int, str], None]  # (index of the config, stage): called before anything that may not come back
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A variant that passed the gate, bound to inputs at full length."""
+
+    launch: Fn
+    report: AccuracyReport
+    resources: dict[str, int] | None
+
+
+class MeasureSession:
+    """Runs trials on one device; keeps gates and inputs of the last problems."""
+
+    def __init__(self, device: str, toolchain: str = TOOLCHAIN, clock: Clock | None = None, seed: int = 0) -> None:
+        self.device = torch.device(device)
+        self.lost = False  # True once the CUDA context answers nothing but errors
+        self._tools: Any = importlib.import_module(toolchain)
+        self._seed = seed
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        self._clock = clock or make_clock(self.device)
+        self._gates: OrderedDict[str, tuple[Case, ...]] = OrderedDict()
+        self._cases: OrderedDict[str, Case] = OrderedDict()
+
+    def race(
+        self, family: str, problem: Problem, configs: Sequence[Config], rounds: int, tell: Tell = lambda _i, _s: None
+    ) -> list[TrialResult | None]:
+        """Gate every config and time those that pass, interleaved; None for those left undecided by a lost context."""
+        results: list[TrialResult | None] = [None] * len(configs)
+        ready: dict[int, Ready] = {}
+        for index, config in enumerate(configs):
+            found = self._prepare(family, problem, config, lambda stage, i=index: tell(i, stage))  # type: ignore[misc]
+            if isinstance(found, Ready):
+                ready[index] = found
+            else:
+                results[index] = found
+            if self.lost:
+                return results
+        self._time(ready, results, rounds, tell)
+        return results
+
+    def library(self, provider: str, problem: Problem, rounds: int, tell: Tell = lambda _i, _s: None) -> TrialResult:
+        """Time a library that computes what a family does, or something users would otherwise call."""
+        tell(0, "library")
+        self._forget()
+        try:
+            call, reason = library_call(provider, problem, self.device, self._seed)
+            if call is None:
+                return TrialResult("constraint", reason)
+            return self._result(self._timings([call], rounds, lambda _: None)[0])
+        except Exception as error:  # whatever the library raises is its result
+            self.lost = is_sticky(error)
+            return TrialResult(classify(error, "timing"), _reason(error))
+
+    def _prepare(
+        self, family: str, problem: Problem, config: Config, tell: Callable[[str], None]
+    ) -> Ready | TrialResult:
+        stage, rendered = "problem", None
+
+        def enter(name: str) -> None:
+            nonlocal stage
+            stage = name
+            tell(name)
+
+        try:
+            enter("problem")
+            spec = self._tools.get_spec(family)
+            spec.check_problem(problem)
+            spec.check_config(problem, config)
+            enter("render")
+            rendered = self._tools.render(spec, problem, config)
+            enter("load")
+            launch = self._tools.load(rendered).launch
+            return self._gated(spec, problem, launch, enter)
+        except Exception as error:  # any exception is the trial's result, never the end of the search
+            self.lost = is_sticky(error)
+            reason = _reason(error) if rendered is None else self._tools.explain(error, rendered)
+            status, error = classify(error, stage), error.with_traceback(None)  # frames would keep tensors alive
+            if status == "resource" and not self.lost:
+                self._forget()
+            return TrialResult(status, reason[:REASON_CHARS])
+
+    def _gated(
+        self, spec: KernelSpec, problem: Problem, launch: Callable[..., Any], enter: Callable[[str], None]
+    ) -> Ready | TrialResult:
+        small = gate_problem(problem)
+        enter("inputs")
+        gate = self._gate(spec, small)
+        enter("compile")
+        resources: dict[str, int] | None = None
+        stage = "compile"
+
+        def first_launch(**arguments: Any) -> object:
+            nonlocal resources, stage
+            kernels = launch(**arguments)
+            if stage == "compile":
+                self._synchronize()
+                resources, stage = resources_of(kernels), "accuracy"
+                enter(stage)
+            return kernels
+
+        report, inputs = run_cases(gate, first_launch), gate[0].inputs
+        if report.ok and small != problem:
+            enter("inputs")
+            case = self._case(spec, problem)
+            enter("accuracy")
+            rows, inputs = run_cases((case,), launch), case.inputs
+            reason = "" if rows.ok else f"At full length, though not at {small.seq_k} tokens: {rows.reason}"
+            report = replace(max(report, rows, key=lambda r: r.max_error), ok=rows.ok, reason=reason)
+        if not report.ok:
+            return self._result(None, "accuracy", report, resources)
+        return Ready(lambda: inputs.call(launch), report, resources)
+
+    def _time(self, ready: dict[int, Ready], results: list[TrialResult | None], rounds: int, tell: Tell) -> None:
+        while ready and not self.lost:
+            indices, current = list(ready), 0
+
+            def enter(position: int) -> None:
+                nonlocal current
+                current = indices[position]  # noqa: B023 - called within this turn of the loop
+                tell(current, "timing")
+
+            try:
+                timings = self._timings([ready[i].launch for i in indices], rounds, enter)
+            except Exception as error:  # the variant on the clock is to blame: each sample waits for the device
+                self.lost = is_sticky(error)
+                results[current] = TrialResult(classify(error, "timing"), _reason(error))
+                del ready[current]
+                continue
+            for index, timing in zip(indices, timings, strict=True):
+                results[index] = self._result(timing, "ok", ready[index].report, ready[index].resources)
+            return
+
+    def _timings(self, fns: list[Fn], rounds: int, enter: Callable[[int], None]) -> list[Timing]:
+        clock = _TellingClock(self._clock, fns, enter)
+        if self.device.type == "cuda":
+            return time_launches(fns, clock=clock, rounds=rounds)
+        return [summarize([clock.elapsed_us(fn, 1, False)]) for fn in fns]  # the interpreter's time is only a token
+
+    def _result(
+        self,
+        timing: Timing | None,
+        status: Any = "ok",
+        report: AccuracyReport | None = None,
+        resources: dict[str, int] | None = None,
+    ) -> TrialResult:
+        result = TrialResult(status, resources=resources)
+        if report is not None:
+            result = replace(
+                result, reason=report.reason, max_error=report.max_error, baseline_error=report.baseline_error
+            )
+        return result if timing is None else replace(result, **vars(timing))
+
+    def _gate(self, spec: KernelSpec, problem: Problem) -> tuple[Case, ...]:
+        return _kept(
+            self._gates, GATES_KEPT, _key(spec, problem), lambda: prepare_gate(spec, problem, self.device, self._seed)
+        )
+
+    def _case(self, spec: KernelSpec, problem: Problem) -> Case:
+        def make() -> Case:
+            inputs: TrialInputs = make_inputs(spec, problem, self.device, self._seed)
+            return prepare_rows(spec, problem, inputs, self._seed)
+
+        return _kept(self._cases, PROBLEMS_KEPT, _key(spec, problem), make)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _forget(self) -> None:
+        """Give cached tensors back, so that memory one trial lacked is there for the next."""
+        self._gates.clear()
+        self._cases.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class _TellingClock:
+    """A clock that says which function it is about to time."""
+
+    def __init__(self, clock: Clock, fns: list[Fn], enter: Callable[[int], None]) -> None:
+        self._clock, self._enter = clock, enter
+        self._position = {id(fn): position for position, fn in enumerate(fns)}
+
+    def elapsed_us(self, fn: Fn, launches: int, cold_l2: bool) -> float:
+        self._enter(self._position[id(fn)])
+        return self._clock.elapsed_us(fn, launches, cold_l2)
+
+
+def resources_of(kernels: object) -> dict[str, int] | None:
+    """Largest demand of the compiled kernels that a launch returned; None where they tell nothing (interpreter)."""
+    told = [kernel for kernel in kernels if hasattr(kernel, "n_regs")] if isinstance(kernels, list) else []
+    if not told:
+        return None
+    return {
+        "registers": max(int(kernel.n_regs) for kernel in told),
+        "spill_bytes": max(4 * int(kernel.n_spills) for kernel in told),  # Triton counts words
+        "shared_bytes": max(int(kernel.metadata.shared) for kernel in told),
+        "num_warps": max(int(kernel.metadata.num_warps) for kernel in told),
+    }
+
+
+def _kept(cache: OrderedDict[str, T], limit: int, key: str, make: Callable[[], T]) -> T:
+    if key not in cache:
+        while len(cache) >= limit:
+            cache.popitem(last=False)  # before the new one is made: both may not fit
+        cache[key] = make()
+    cache.move_to_end(key)
+    return cache[key]
+
+
+def _key(spec: KernelSpec, problem: Problem) -> str:
+    return canonical_json([spec.family, problem.to_dict()])
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:REASON_CHARS]

@@ -1,0 +1,9 @@
+"""What the measuring process needs of the kernels and of codegen; tests name another module with the same functions."""
+
+from __future__ import annotations
+
+from ..codegen.load import explain, load
+from ..codegen.render import render
+from ..kernels import get_spec
+
+__all__ = ["explain", "get_spec", "load", "render"]

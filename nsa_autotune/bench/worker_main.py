@@ -1,0 +1,73 @@
+"""The child of MeasureWorker: `python -m nsa_autotune.bench.worker_main`; reads requests and answers in JSON lines."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+from ..spec import Problem
+from .session import MeasureSession
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def die_with_parent(parent: int) -> None:
+    """On Linux, have the kernel end this process with the thread that started it, even in the middle of a GPU call."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            raise SystemExit("the parent has ended")
+
+
+def serve(session: MeasureSession, requests: TextIO, answers: TextIO) -> None:
+    """Answer requests until the parent closes the pipe or the CUDA context is lost."""
+
+    def say(**message: Any) -> None:
+        answers.write(json.dumps(message) + "\n")
+        answers.flush()
+
+    say(ready=True)
+    for line in requests:
+        request = json.loads(line)
+        problem = Problem.from_dict(request["problem"])
+
+        def tell(index: int, stage: str) -> None:
+            say(at=index, stage=stage)
+
+        if "provider" in request:
+            results = [session.library(request["provider"], problem, request["rounds"], tell)]
+        else:
+            results = session.race(request["family"], problem, request["configs"], request["rounds"], tell)  # type: ignore[assignment]
+        say(results=[None if result is None else result.to_dict() for result in results], lost=session.lost)
+        if session.lost:
+            return
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and serve."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("--device", "--toolchain"):
+        parser.add_argument(name, required=True)
+    for name in ("--requests", "--answers", "--parent"):
+        parser.add_argument(name, type=int, required=True)
+    options = parser.parse_args(arguments)
+    die_with_parent(options.parent)
+    for descriptor in (options.requests, options.answers):
+        os.set_inheritable(descriptor, False)  # compilers that this process starts must not hold the pipes open
+    with (
+        os.fdopen(options.requests, encoding="utf-8") as requests,
+        os.fdopen(options.answers, "w", encoding="utf-8") as answers,
+    ):
+        serve(MeasureSession(options.device, options.toolchain), requests, answers)
+    sys.stdout.flush()
+    os._exit(0)  # tearing a lost CUDA context down may hang
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""`nsa-autotune`: the commands together, and what a mistake looks like to the user."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from ..errors import NSAError
+from . import db, doctor, render, tune
+from .console import errors
+
+EXIT_MISTAKE = 2
+
+app = typer.Typer(
+    name="nsa-autotune",
+    help="Native Sparse Attention kernels: tune them on the GPU at hand, look at them, query what was measured.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("tune")(tune.tune)
+app.command("render")(render.render)
+app.command("doctor")(doctor.doctor)
+app.add_typer(db.app, name="db")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"nsa-autotune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; 0 is success, 2 a mistake of the user's, 130 an interruption."""
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="nsa-autotune")
+    except NSAError as error:
+        errors().print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return EXIT_MISTAKE
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return 0
+
+
+def run() -> None:
+    """The entry point of the installed script."""
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""Where commands print: results to stdout, everything else to stderr; numbers as people read them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import InvalidInput
+
+PLAIN_WIDTH = 200  # columns, when stdout is a file or a pipe: rows stay on one line
+
+
+def output() -> Console:
+    """The console of results."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+
+
+def errors() -> Console:
+    """The console of messages and progress."""
+    return Console(stderr=True, highlight=False)
+
+
+def make_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], numbers: Iterable[str] = ()
+) -> Table:
+    """A table of texts; the columns named in `numbers` are aligned to the right."""
+    right = set(numbers)
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(cell_text(cell) for cell in row))
+    return table
+
+
+def cell_text(value: object) -> str:
+    """A cell's text: nothing for None, four significant digits for floats; never markup."""
+    if value is None:
+        return ""
+    text = f"{value:.4g}" if isinstance(value, float) and abs(value) < 1e4 else str(value)
+    if isinstance(value, float) and abs(value) >= 1e4:
+        text = f"{value:.0f}"
+    return text.replace("[", "\\[")
+
+
+def problem_text(problem: Mapping[str, Any]) -> str:
+    """A problem's fields on one short line, such as `T 65536 HQ 64 H 4 d 192/128 bfloat16`."""
+    dims = f"{problem['d_qk']}" if problem["d_qk"] == problem["d_v"] else f"{problem['d_qk']}/{problem['d_v']}"
+    tokens = f"{problem['seq_k']}" if problem["seq_q"] == problem["seq_k"] else f"{problem['seq_q']}/{problem['seq_k']}"
+    parts = [f"B {problem['batch']}"] if problem["batch"] != 1 else []
+    parts += [f"T {tokens}", f"HQ {problem['num_q_heads']}", f"H {problem['num_kv_heads']}", f"d {dims}"]
+    parts += [problem["dtype"]]
+    parts += [problem["layout"]] if problem["layout"] != "batched" else []
+    parts += [f"locality {problem['locality']:g}"] if problem["locality"] else []
+    return " ".join(parts)
+
+
+def gain_text(default_us: float | None, winner_us: float | None) -> str:
+    """How many times faster the winner is than the default."""
+    return f"{default_us / winner_us:.2f}x" if default_us and winner_us else ""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all; InvalidInput if the folder cannot be written."""
+    temporary = ""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8", newline="\n"
+        ) as file:
+            temporary = file.name
+            file.write(text)
+        Path(temporary).chmod(0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        raise InvalidInput(
+            "the file cannot be written",
+            {"path": str(path), "reason": error.strerror},
+            "Name a file in an existing folder that you may write.",
+        ) from error

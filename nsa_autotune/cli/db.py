@@ -1,0 +1,186 @@
+"""`nsa-autotune db`: ask the tuning database, and move records in and out of it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import InvalidInput
+from . import options
+from .console import make_table, output, problem_text
+
+DEFAULT_LIMIT = 50  # rows of a table; other formats give all
+# `problem` is made here, of the problem's fields, so that a row fits a screen
+WINNER_COLUMNS = [
+    *("gpu", "family", "problem", "median_us", "p20_us", "p80_us"),
+    *("speedup", "library", "library_median_us", "source", "stale"),
+]
+TRIAL_COLUMNS = [*("gpu", "family", "problem", "status", "median_us", "predicted_us", "stage", "config", "reason")]
+MAX_CELL_CHARS = 60  # of a reason or config in a table
+
+app = typer.Typer(help="Query, export and import the tuning database.", no_args_is_help=True)
+
+Row = dict[str, Any]
+
+
+class Table(StrEnum):
+    """What a query lists."""
+
+    winners = "winners"
+    trials = "trials"
+
+
+class Format(StrEnum):
+    """How rows are printed."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+
+
+class Records(StrEnum):
+    """What an export holds."""
+
+    winners = "winners"
+    all = "all"
+
+
+@app.command("query")
+def query(
+    gpu: Annotated[str | None, typer.Option("--gpu", help="A part of the GPU's name.")] = None,
+    family: Annotated[str | None, typer.Option("--family", help="One kernel family.")] = None,
+    problem: Annotated[
+        list[str] | None, typer.Option("--problem", help="A field of the problem, such as seq_k=64k; repeatable.")
+    ] = None,
+    status: Annotated[str | None, typer.Option("--status", help="ok, or why a trial failed.")] = None,
+    kind: Annotated[str | None, typer.Option("--kind", help="measured or predicted.")] = None,
+    table: Annotated[Table | None, typer.Option("--table", help="trials if --status or --kind is given.")] = None,
+    columns: Annotated[
+        list[str] | None, typer.Option("--columns", help="Columns to print, such as family,config.")
+    ] = None,
+    style: Annotated[Format, typer.Option("--format")] = Format.table,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help=f"Rows; {DEFAULT_LIMIT} for a table.")] = None,
+    db: options.DbOption = None,
+) -> None:
+    """List winners or trials, newest first; times are in microseconds."""
+    from ..codegen.render import template_digest
+    from ..db.store import TuningStore
+    from ..kernels import all_specs, get_spec
+
+    if family is not None:
+        get_spec(family)
+    chosen = table or (Table.trials if status or kind else Table.winners)
+    with TuningStore(db) as store:
+        rows = store.query(
+            gpu=gpu,
+            family=family,
+            problem=problem_filter(options.assignments(problem, "--problem")),
+            status=status,
+            kind=kind or "measured",
+            table=chosen.value,
+            limit=limit or (DEFAULT_LIMIT if style is Format.table else None),
+            current_templates={name: template_digest(spec) for name, spec in all_specs().items()},
+        )
+    wanted = options.split(columns) or default_columns(chosen, style)
+    if style is Format.table:
+        rows = [{"problem": problem_text(row), **row} for row in rows]
+    _check_columns(wanted, rows)
+    _print_rows(rows, wanted, style, title=chosen.value)
+
+
+@app.command("export")
+def export_records(
+    path: Annotated[Path, typer.Argument(help="File of JSON lines to write.")],
+    records: Annotated[
+        Records, typer.Option("--records", help="Winners only, or trials and predictions too.")
+    ] = Records.winners,
+    gpu: Annotated[str | None, typer.Option("--gpu", help="The GPU's name, in full.")] = None,
+    family: Annotated[str | None, typer.Option("--family", help="One kernel family.")] = None,
+    db: options.DbOption = None,
+) -> None:
+    """Write records as text that can be reviewed and imported elsewhere."""
+    from ..db.store import TuningStore
+
+    kinds = ("winner",) if records is Records.winners else ("winner", "trial")
+    with TuningStore(db) as store:
+        count = store.export_jsonl(path, records=kinds, gpu=gpu, family=family)
+    typer.echo(f"{path}: {count} records")
+
+
+@app.command("import")
+def import_records(
+    path: Annotated[Path, typer.Argument(help="File of JSON lines to read.")], db: options.DbOption = None
+) -> None:
+    """Add the records of a file, all or none; winners tuned here are kept."""
+    from ..db.store import TuningStore
+
+    with TuningStore(db) as store:
+        summary = store.import_jsonl(path)
+    typer.echo(f"{path}: {summary.winners} winners, {summary.trials} trials; {summary.kept} winners here were kept")
+
+
+@app.command("path")
+def print_path(db: options.DbOption = None) -> None:
+    """Print where the database lies."""
+    from ..db.engine import parse_location
+    from ..db.paths import chosen_url
+
+    typer.echo(str(parse_location(chosen_url(db))))
+
+
+def problem_filter(asked: dict[str, str]) -> dict[str, str]:
+    """The fields asked for, with 64k and bf16 as the database writes them."""
+    from ..search.presets import parse_seq_lens
+
+    found = {}
+    for name, text in asked.items():
+        if name == "dtype":
+            found[name] = options.DTYPE_ALIASES.get(text.lower(), text)
+        elif re.fullmatch(r"\d+[kKmM]", text):
+            found[name] = str(parse_seq_lens(text)[0])
+        else:
+            found[name] = text
+    return found
+
+
+def default_columns(table: Table, style: Format) -> list[str]:
+    """The columns that fit a screen; none means all."""
+    if style is not Format.table:
+        return []
+    return WINNER_COLUMNS if table is Table.winners else TRIAL_COLUMNS
+
+
+def _check_columns(wanted: Sequence[str], rows: Sequence[Row]) -> None:
+    unknown = [name for name in wanted if rows and name not in rows[0]]
+    if unknown:
+        raise InvalidInput("there are no such columns", {"columns": unknown}, f"Columns: {', '.join(rows[0])}.")
+
+
+def _print_rows(rows: Sequence[Row], columns: Sequence[str], style: Format, title: str) -> None:
+    names = list(columns) or (list(rows[0]) if rows else [])
+    if style is Format.json:
+        typer.echo(json.dumps([{name: row[name] for name in names} for row in rows], indent=1))
+    elif style is Format.csv:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        typer.echo(text.getvalue(), nl=False)
+    else:
+        numbers = {name for row in rows for name in names if isinstance(row[name], int | float)}
+        cells = [[_shorten(row[name]) for name in names] for row in rows]
+        output().print(make_table(f"{title}: {len(rows)} rows", names, cells, numbers))
+
+
+def _shorten(value: object) -> object:
+    if isinstance(value, str) and len(value) > MAX_CELL_CHARS:
+        return " ".join(value.split())[: MAX_CELL_CHARS - 3] + "..."
+    return value

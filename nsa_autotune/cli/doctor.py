@@ -1,0 +1,123 @@
+"""`nsa-autotune doctor`: what this machine has, what is tuned for it, and what no longer fits."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from .. import __version__
+from ..errors import NSAError
+from . import options
+from .console import errors, make_table, output
+
+if TYPE_CHECKING:
+    from ..db.records import WinnerRecord
+    from ..db.store import TuningStore
+
+PACKAGES = ("torch", "triton", "numpy", "jinja2", "optuna", "sqlalchemy", "alembic")
+COMPILERS = ("cc", "gcc", "clang")
+GIB = 1 << 30
+
+Fact = tuple[str, str]
+
+
+def doctor(db: options.DbOption = None) -> None:
+    """Print GPU, versions, database, what is tuned and what is stale."""
+    from ..db.store import TuningStore
+
+    output().print(make_table("this machine", ("what", "found"), [*machine_facts(), *gpu_facts()]))
+    try:
+        with TuningStore(db) as store:
+            output().print(make_table("database", ("what", "found"), database_facts(store)))
+            _print_winners(store.winners())
+    except NSAError:
+        errors().print("the database cannot be used:", style="red")
+        raise
+
+
+def machine_facts() -> Iterator[Fact]:
+    """Versions, the C compiler that Triton's launchers need, and the folders in use."""
+    from ..codegen.paths import generated_dir, template_dir
+
+    yield "nsa-autotune", __version__
+    yield "python", f"{platform.python_version()} ({sys.executable})"
+    for name in PACKAGES:
+        yield name, metadata.version(name)
+    compiler = os.environ.get("CC") or next((path for path in map(shutil.which, COMPILERS) if path), None)
+    yield "C compiler", compiler or "none: Triton needs one to launch kernels; install gcc or set CC"
+    yield "templates", str(template_dir())
+    yield "rendered kernels", str(generated_dir())
+
+
+def gpu_facts() -> Iterator[Fact]:
+    """The devices that torch sees, or what works without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        yield "GPU", "no CUDA device: `tune` predicts, and the module runs the reference"
+        if torch.version.cuda is None:
+            yield "", "this torch is a CPU build; on a machine with a GPU install a CUDA build"
+        return
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        facts = f"{found.name}, compute capability {found.major}.{found.minor}, {found.total_memory / GIB:.0f} GiB"
+        yield f"GPU {index}", f"{facts}, {found.multi_processor_count} multiprocessors"
+    yield "CUDA of torch", str(torch.version.cuda)
+
+
+def database_facts(store: TuningStore) -> Iterator[Fact]:
+    """Where the database lies, its schema, and how much it holds."""
+    from ..db.migrate import head_revision  # an open store always has it
+
+    yield "location", f"{store.location}{' (read-only)' if store.read_only else ''}"
+    yield "schema", head_revision()
+    yield "winners", str(len(store.winners()))
+    statuses = Counter(trial.status for trial in store.trials())
+    yield "measured trials", ", ".join(f"{count} {status}" for status, count in statuses.most_common()) or "none"
+    yield "predictions", str(len(store.trials(kind="predicted")))
+
+
+def gpu_name() -> str | None:
+    """The first device's name, None without one."""
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
+
+def stale_winners(winners: Sequence[WinnerRecord]) -> list[WinnerRecord]:
+    """Winners whose template has changed, or whose family is gone: they are no longer served."""
+    from ..codegen.render import template_digest
+    from ..kernels import all_specs
+
+    current = {family: template_digest(spec) for family, spec in all_specs().items()}
+    return [winner for winner in winners if current.get(winner.family) != winner.template_digest]
+
+
+def _print_winners(winners: Sequence[WinnerRecord]) -> None:
+    here = gpu_name()
+    stale = stale_winners(winners)
+    good = Counter((w.fingerprint["gpu"], w.family) for w in winners)
+    bad = Counter((w.fingerprint["gpu"], w.family) for w in stale)
+    rows = [
+        (gpu + (" (this GPU)" if gpu == here else ""), family, count - bad[gpu, family], bad[gpu, family])
+        for (gpu, family), count in sorted(good.items())
+    ]
+    numbers = ("current", "stale")
+    if rows:
+        output().print(make_table("winners", ("GPU", "family", *numbers), rows, numbers))
+    if here is not None and not any(gpu == here for gpu, _ in good):
+        output().print(f"nothing is tuned for {here}: nsa-autotune tune", markup=False)
+    if not rows and here is None:
+        output().print("no winners: nothing is tuned and none are shipped", markup=False)
+    if stale:
+        families = ",".join(dict.fromkeys(w.family for w in stale))
+        output().print(
+            f"{len(stale)} winners are stale, their templates have changed: nsa-autotune tune --families {families}",
+            markup=False,
+        )

@@ -1,0 +1,184 @@
+"""The run behind `nsa-autotune tune`: one problem after the other, then a table of what was found."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..spec import KernelSpec, Problem
+from .console import errors, gain_text, make_table, output, problem_text
+
+if TYPE_CHECKING:
+    from ..bench.result import TrialResult
+    from ..db.store import TuningStore
+    from ..search.budget import Budget
+    from ..search.ranking import Prediction
+    from .progress import TuneDisplay
+
+LEAST_MINUTES = 0.05  # for a problem whose turn comes when the minutes are spent: time for its default config
+EXIT_NO_WINNER = 1
+EXIT_INTERRUPTED = 130
+
+Work = tuple[KernelSpec, Problem]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one command is to do; minutes of `budget` are for all of `work`, its trials for each."""
+
+    work: tuple[Work, ...]
+    budget: Budget
+    db: str | None
+    device: str
+    target: str | None  # None measures
+    retune: bool
+    jobs: int
+    check: bool  # in the interpreter, before predicting
+
+
+@dataclass(frozen=True)
+class Guess:
+    """The configs of one problem that an absent GPU could run, fastest guess first."""
+
+    spec: KernelSpec
+    problem: Problem
+    ranked: list[Prediction]
+
+
+def execute(run: Run) -> int:
+    """Do it with a live display and print what came out, also after Ctrl-C; the exit code."""
+    from ..db.store import TuningStore
+    from .progress import TuneDisplay
+
+    interrupted, right = False, True
+    guesses: list[Guess] = []
+    with TuningStore(run.db) as store:
+        display = TuneDisplay(errors(), len(run.work))
+        try:
+            with display:
+                if run.target is None:
+                    measure(run, store, display)
+                else:
+                    right = not run.check or check_in_interpreter(run, display)
+                    predict(run, store, display, run.target, guesses)
+        except KeyboardInterrupt:
+            interrupted = True
+        worked = print_winners(display) if run.target is None else print_predictions(run.target, guesses)
+        if interrupted:
+            text = f"stopped; everything measured is kept in {store.location}; the same command resumes"
+            errors().print(text, style="yellow", markup=False, soft_wrap=True)
+            return EXIT_INTERRUPTED
+    return 0 if worked and right else EXIT_NO_WINNER
+
+
+def measure(run: Run, store: TuningStore, display: TuneDisplay) -> None:
+    """Tune every problem on the device."""
+    from ..bench.worker import MeasureWorker
+    from ..dispatch.fingerprint import current
+    from ..search.tuner import tune_problem
+
+    fingerprint = current(run.device).to_dict()
+    with MeasureWorker(run.device) as worker:
+
+        def library(spec: KernelSpec, problem: Problem) -> TrialResult:
+            return worker.measure_library(spec.library, problem)
+
+        for spec, problem, budget in shares(run.budget, run.work):
+            tune_problem(
+                spec,
+                problem,
+                measurer=worker,
+                store=store,
+                fingerprint=fingerprint,
+                budget=budget,
+                progress=display,
+                retune=run.retune,
+                library=library,
+            )
+
+
+def check_in_interpreter(run: Run, display: TuneDisplay) -> bool:
+    """Run each family's default and structural variants on its smallest case, without a GPU; False if one is wrong."""
+    from ..search import interpret
+
+    specs = {spec.family: spec for spec, _ in run.work}
+    right = True
+    with interpret.interpreter_worker() as runner:
+        for family, spec in specs.items():
+            display.say(f"checking {family} in the interpreter")
+            checks = interpret.check_in_interpreter(spec, runner=runner, max_cases=1)
+            wrong = [check for check in checks if not check.ok]
+            display.note(f"{family}: {len(checks) - len(wrong)} of {len(checks)} variants right in the interpreter")
+            for check in wrong:
+                display.note(f"    {check.reason}  {check.config}")
+            right = right and not wrong
+    return right
+
+
+def predict(run: Run, store: TuningStore, display: TuneDisplay, target: str, guesses: list[Guess]) -> None:
+    """Rank every problem's configs for an absent GPU; what is found is appended to `guesses`."""
+    from ..search.predict import predict_problem
+
+    for spec, problem, budget in shares(run.budget, run.work):
+        ranked = predict_problem(
+            spec, problem, target=target, store=store, budget=budget, progress=display, processes=run.jobs
+        )
+        guesses.append(Guess(spec, problem, ranked))
+
+
+def shares(total: Budget, work: Sequence[Work]) -> Iterator[tuple[KernelSpec, Problem, Budget]]:
+    """Each problem with its budget: the minutes that are left, divided among the problems that are left."""
+    from ..search.budget import Budget
+
+    start = time.monotonic()
+    for number, (spec, problem) in enumerate(work):
+        if total.max_minutes is None:
+            yield spec, problem, total
+            continue
+        left = total.max_minutes - (time.monotonic() - start) / 60
+        yield spec, problem, Budget(total.max_trials, max(LEAST_MINUTES, left / (len(work) - number)))
+
+
+def print_winners(display: TuneDisplay) -> bool:
+    """The table of winners; False if a problem has none."""
+    rows: list[tuple[object, ...]] = []
+    for outcome in display.outcomes:
+        winner = outcome.winner
+        head = (outcome.spec.family, problem_text(outcome.problem.to_dict()))
+        if winner is None:
+            rows.append((*head, outcome.kind, None, "", None, ""))
+            continue
+        gain = gain_text(winner.default_median_us, winner.median_us)
+        rows.append((*head, winner.median_us, winner.default_median_us, gain, winner.library_median_us, winner.library))
+    columns = ("family", "problem", "winner us", "default us", "gain", "library us", "library")
+    output().print(make_table("winners, medians of the final race", columns, rows, columns[2:6]))
+    failed = [outcome for outcome in display.outcomes if outcome.kind == "failed"]
+    if failed:
+        text = f"{len(failed)} problems have no winner: nsa-autotune db query --table trials --family FAMILY"
+        errors().print(text, style="red", markup=False, soft_wrap=True)
+    return not failed
+
+
+def print_predictions(target: str, guesses: Sequence[Guess]) -> bool:
+    """The table of predictions, labelled as such; False if nothing of a problem would run."""
+    rows = [_prediction_row(guess) for guess in guesses]
+    columns = ("family", "problem", "usable", "guess us", "default's guess us", "registers", "shared KiB", "config")
+    title = f"predictions for {target} by a cost model: nothing was measured, nothing of this is served"
+    output().print(make_table(title, columns, rows, columns[2:7]))
+    text = "on such a GPU `nsa-autotune tune` measures, and tries the best of these first"
+    errors().print(text, markup=False, soft_wrap=True)
+    return all(guess.ranked for guess in guesses)
+
+
+def _prediction_row(guess: Guess) -> tuple[object, ...]:
+    head = (guess.spec.family, problem_text(guess.problem.to_dict()), len(guess.ranked))
+    if not guess.ranked:
+        return (*head, None, None, None, None, "none runs")
+    default = guess.spec.default_config(guess.problem)
+    default_us = next((p.predicted_us for p in guess.ranked if default in (p.config, *p.same_code)), None)
+    best = guess.ranked[0]
+    config = " ".join(f"{name}={value}" for name, value in best.config.items())
+    shared_kib = best.resources["shared_bytes"] / 1024
+    return (*head, best.predicted_us, default_us, best.resources["registers"], shared_kib, config)

@@ -1,0 +1,1 @@
+"""Templates to source to loaded kernels; knows no family."""

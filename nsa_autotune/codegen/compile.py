@@ -1,0 +1,159 @@
+"""Compile a variant for a target without that GPU and read its resources from the binary."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import re
+import subprocess
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import KernelError
+from ..layout import packed_cmp_rows
+from ..spec import Argument, Config, KernelSpec, Problem
+from .load import explain, load
+from .render import Rendered, render
+from .target import Target, absent_gpu, parse_target, shared_limit_bytes
+
+__all__ = ["Resources", "compile_variant", "meta_arguments", "parse_target", "shared_limit_bytes"]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a variant's most demanding kernel takes on a target."""
+
+    registers: int  # a thread
+    shared_bytes: int  # dynamic, a program
+    spill_bytes: int  # stack frame a thread
+    num_warps: int
+    binary_sha: str  # over all kernels of the variant
+    compile_ms: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """By name, ready for JSON."""
+        return asdict(self)
+
+
+def meta_arguments(spec: KernelSpec, problem: Problem, scale: float = 0.125) -> dict[str, Any]:
+    """Launch arguments as tensors without storage: enough to compile."""
+    import torch
+
+    nsa, packed = problem.nsa, problem.layout == "packed"
+    rows_c = packed_cmp_rows(problem.seq_k, problem.batch, nsa) if packed else nsa.num_compressed(problem.seq_k)
+    single = {
+        "HQ": problem.num_q_heads,
+        "H": problem.num_kv_heads,
+        "D_QK": problem.d_qk,
+        "D_V": problem.d_v,
+        "N": nsa.num_selected,
+        "L_DQK": nsa.compress_block_size * problem.d_qk,
+        "HIDDEN": problem.phi_hidden,
+    }
+    tokens = {"Q": problem.seq_q, "K": problem.seq_k, "C": rows_c}
+
+    def shape(argument: Argument) -> list[int]:
+        sizes: list[int] = []
+        for symbol in argument.shape:
+            if symbol in tokens:
+                sizes += [tokens[str(symbol)]] if packed else [problem.batch, tokens[str(symbol)]]
+            else:
+                sizes.append(single[symbol] if isinstance(symbol, str) else symbol)
+        return sizes
+
+    values: dict[str, Any] = dict(spec.scalar_values(problem, scale))
+    for argument in spec.arguments:
+        if argument.fill in ("q_pos", "k_start", "cmp_start", "cmp_source"):
+            length = rows_c if argument.fill == "cmp_source" else problem.seq_q
+            values[argument.name] = torch.empty(length, dtype=torch.int32, device="meta") if packed else None
+            continue
+        dtype = getattr(torch, problem.dtype if argument.dtype == "problem" else argument.dtype)
+        values[argument.name] = torch.empty(shape(argument), dtype=dtype, device="meta")
+    return values
+
+
+def compile_variant(spec: KernelSpec, problem: Problem, config: Config, target: str = "cuda:90") -> Resources:
+    """Compile in this process for `target`; raises KernelError with template lines, or if the variant cannot run there."""
+    goal = parse_target(target)
+    rendered = render(spec, problem, config)
+    module = load(rendered)
+    arguments = meta_arguments(spec, problem)
+    arguments = {
+        name: value for name, value in arguments.items() if name in inspect.signature(module.launch).parameters
+    }
+    started = time.perf_counter()
+    try:
+        with absent_gpu(goal):
+            kernels = module.launch(**arguments, warmup=True)
+    except Exception as error:  # whatever the compiler raises is this variant's failure, told with its template lines
+        raise KernelError(f"{spec.family} does not compile for {target}: {explain(error, rendered)}") from error
+    compile_ms = (time.perf_counter() - started) * 1e3
+    resources = combine_resources([_read(kernel, goal) for kernel in kernels], compile_ms)
+    _check_fits(resources, goal, rendered)
+    return resources
+
+
+def combine_resources(parts: list[Resources], compile_ms: float) -> Resources:
+    """The largest demand over a variant's kernels."""
+    return Resources(
+        registers=max(part.registers for part in parts),
+        shared_bytes=max(part.shared_bytes for part in parts),
+        spill_bytes=max(part.spill_bytes for part in parts),
+        num_warps=max(part.num_warps for part in parts),
+        binary_sha=hashlib.sha256("".join(part.binary_sha for part in parts).encode()).hexdigest()[:20],
+        compile_ms=compile_ms,
+    )
+
+
+def _check_fits(resources: Resources, target: Target, rendered: Rendered) -> None:
+    if resources.shared_bytes > target.shared_limit_bytes:
+        raise KernelError(
+            f"{rendered.family} needs more shared memory than {target.name} has",
+            {"shared_bytes": resources.shared_bytes, "limit_bytes": target.shared_limit_bytes},
+            "Use smaller tiles or fewer stages.",
+        )
+
+
+def _read(kernel: Any, target: Target) -> Resources:
+    binary = kernel.asm["cubin"]
+    registers, stack = _registers_and_stack(binary)
+    return Resources(
+        registers=registers,
+        shared_bytes=int(kernel.metadata.shared),
+        spill_bytes=stack,
+        num_warps=int(kernel.metadata.num_warps),
+        binary_sha=hashlib.sha256(_code_of(kernel)).hexdigest(),
+        compile_ms=0.0,
+    )
+
+
+def _code_of(kernel: Any) -> bytes:
+    """PTX without comments, debug directives and kernel names: equal for variants that only differ in spelling."""
+    ptx = kernel.asm["ptx"]
+    lines = (line.split("//")[0].strip() for line in ptx.splitlines())
+    kept = [line for line in lines if line and not line.startswith((".loc", ".file", ".section"))]
+    return "\n".join([*kept, str(kernel.metadata.shared), str(kernel.metadata.num_warps)]).encode()
+
+
+def _registers_and_stack(binary: bytes) -> tuple[int, int]:
+    """Registers a thread and stack bytes, from the disassembler that Triton carries."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        raise KernelError("reading registers needs Triton's cuobjdump", {"file": str(tool)}, "Reinstall triton.")
+    handle, name = tempfile.mkstemp(suffix=".cubin")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(binary)
+        done = subprocess.run([str(tool), "-res-usage", name], capture_output=True, text=True, timeout=60, check=False)
+    finally:
+        Path(name).unlink(missing_ok=True)
+    found = re.search(r"REG:(\d+)\s+STACK:(\d+)", done.stdout)
+    if found is None:
+        raise KernelError("a binary must tell its registers", {"output": (done.stdout + done.stderr)[-300:]})
+    return int(found.group(1)), int(found.group(2))

@@ -1,0 +1,81 @@
+"""Rendered source to a loaded module: written once under its digest, atomically, and imported from that file."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+from ..errors import KernelError
+from .linemap import Origin, explain_line
+from .paths import generated_dir
+from .render import Rendered
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file so that readers see all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def source_path(rendered: Rendered, folder: Path | None = None) -> Path:
+    """File of a variant: `<family>__<digest>.py`."""
+    return (folder or generated_dir()) / f"{rendered.family}__{rendered.digest}.py"
+
+
+def write_source(rendered: Rendered, folder: Path | None = None) -> Path:
+    """Write the source and its line map beside it, unless an equal file is there; Triton reads kernels from files."""
+    path = source_path(rendered, folder)
+    try:
+        if path.read_text(encoding="utf-8") == rendered.source:
+            return path
+    except OSError:
+        pass  # not written yet
+    try:
+        write_atomic(path.with_suffix(".map.json"), json.dumps(rendered.line_map))
+        write_atomic(path, rendered.source)
+    except OSError as error:
+        remedy = "Set NSA_AUTOTUNE_CACHE_DIR to a folder you may write."
+        raise KernelError("generated kernels need a writable folder", {"folder": str(path.parent)}, remedy) from error
+    return path
+
+
+def load(rendered: Rendered) -> ModuleType:
+    """Import the variant; the module has `launch`, CONSTANTS, OPTIONS and CONFIG."""
+    path = write_source(rendered)
+    name = f"nsa_autotune_generated.{path.stem}"
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    if module_spec is None or module_spec.loader is None:
+        raise KernelError("a generated file must be importable", {"file": str(path)})
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[name] = module  # Triton looks the kernel's module up by name
+    module_spec.loader.exec_module(module)
+    return module
+
+
+def explain(error: BaseException, rendered: Rendered) -> str:
+    """The error's text with every generated line it names translated to its template line."""
+    text = f"{type(error).__name__}: {error}".strip()
+    numbers = {int(n) for n in re.findall(r"(?:\bat |line |\.py:)(\d+)", text)}
+    notes = [explain_line(rendered.line_map, n) for n in sorted(numbers) if 0 < n <= len(rendered.line_map)]
+    return text + "".join(f"\n  {note}" for note in notes)
+
+
+def line_map_of(path: Path) -> list[Origin | None]:
+    """The line map stored beside a generated file."""
+    data = json.loads(path.with_suffix(".map.json").read_text(encoding="utf-8"))
+    return [None if origin is None else (str(origin[0]), int(origin[1])) for origin in data]

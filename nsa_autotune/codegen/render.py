@@ -1,0 +1,114 @@
+"""Spec, problem and config to source text; knows no kernel."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import jinja2
+
+from ..errors import RenderError
+from ..spec import Config, KernelSpec, Problem, Value, canonical_json
+from .linemap import LineMarks, Origin, strip_marks, take_marks
+from .paths import template_dir
+
+COMPILE_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One variant's source, the origin of its lines, and its digests."""
+
+    family: str
+    source: str
+    line_map: list[Origin | None]
+    digest: str
+    template_digest: str
+
+
+def _emit(text: str, indent: int = 0) -> str:
+    """Drop the text's last newline and indent all lines but the first, which the template indents itself."""
+    lines = text.strip("\n").split("\n")
+    space = " " * indent
+    return "\n".join([lines[0], *(space + line if strip_marks(line).strip() else "" for line in lines[1:])])
+
+
+def _literal(value: Value) -> str:
+    """A Python literal, strings in double quotes."""
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+@cache
+def _environment(folder: Path) -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder, encoding="utf-8"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        extensions=[LineMarks],
+    )
+    environment.filters["emit"] = _emit
+    environment.filters["literal"] = _literal
+    return environment
+
+
+@cache
+def _digest_of(folder: Path, template: str) -> str:
+    files = [folder / template, *sorted((folder / "common").glob("*.j2"))]
+    content = hashlib.sha256()
+    for file in files:
+        content.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return content.hexdigest()[:20]
+
+
+def template_digest(spec: KernelSpec) -> str:
+    """Digest of a family's template and of the macros all templates share."""
+    try:
+        return _digest_of(template_dir(), spec.template)
+    except OSError as error:
+        raise RenderError("a family needs its template", {"file": error.filename}, "Reinstall nsa_autotune.") from error
+
+
+def compile_options(config: Config) -> dict[str, Value]:
+    """The part of a config that Triton's compiler takes; maxnreg=0 means no cap."""
+    return {name: config[name] for name in COMPILE_OPTIONS if config.get(name)}
+
+
+def render(spec: KernelSpec, problem: Problem, config: Config) -> Rendered:
+    """Source of the variant (problem, config); raises InvalidProblem, InvalidConfig or RenderError."""
+    spec.check_problem(problem)
+    spec.check_config(problem, config)
+    structure, constants = spec.structure(problem, config), spec.constants(problem, config)
+    templates_digest = template_digest(spec)
+    variant_digest = spec.variant_digest(problem, config, templates_digest)
+    switches = {name: value for name, value in structure.items() if not name.endswith("chunks")}
+    try:
+        text = (
+            _environment(template_dir())
+            .get_template(spec.template)
+            .render(
+                **structure,
+                template=spec.template,
+                template_digest=templates_digest,
+                variant_digest=variant_digest,
+                problem_json=canonical_json({**switches, **constants}),
+                config_json=canonical_json(config),
+                constants=constants,
+                options=compile_options(config),
+                config=config,
+            )
+        )
+    except jinja2.TemplateError as error:
+        where = {"template": getattr(error, "name", None) or spec.template, "line": getattr(error, "lineno", None)}
+        raise RenderError(f"{spec.family} does not render: {error.message}", where) from error
+    source, line_map = take_marks(text)
+    try:
+        ast.parse(source)
+    except SyntaxError as error:
+        origin = line_map[(error.lineno or 1) - 1]
+        raise RenderError(f"{spec.family} renders to invalid Python: {error.msg}", {"template line": origin}) from error
+    return Rendered(spec.family, source, line_map, variant_digest, templates_digest)

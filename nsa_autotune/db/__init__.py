@@ -1,0 +1,8 @@
+"""The tuning database: every measurement and the winners, as strings, numbers and canonical JSON."""
+
+from __future__ import annotations
+
+from .records import TrialRecord, WinnerRecord
+from .store import TuningStore, open_for_lookup
+
+__all__ = ["TrialRecord", "TuningStore", "WinnerRecord", "open_for_lookup"]

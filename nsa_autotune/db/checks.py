@@ -1,0 +1,164 @@
+"""What each field of a record may hold: one rule a field, used before writing and while importing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta
+from typing import NamedTuple
+
+from ..errors import StoreError
+
+STATUSES = ("ok", "constraint", "render", "compile", "resource", "accuracy", "runtime", "timeout", "crash")
+KINDS = ("measured", "predicted")
+STAGES = ("search", "final", "baseline")
+SOURCES = ("shipped", "imported", "local")  # a later one is never overwritten by an earlier one
+
+MAX_DEPTH = 6  # of nested JSON in a record
+MAX_SHOWN_CHARS = 120
+
+
+class Rule(NamedTuple):
+    """What a field must be, in words and as a test."""
+
+    expects: str
+    holds: Callable[[object], bool]
+
+
+def _is_text(value: object) -> bool:
+    if not isinstance(value, str) or "\x00" in value:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+    return True
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(float(value)) and value >= 0
+    except OverflowError:  # an int beyond the range of float
+        return False
+
+
+def _is_scalar(value: object) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, bool | int) or _is_text(value)
+
+
+def _is_json(value: object, depth: int = MAX_DEPTH) -> bool:
+    if value is None or _is_scalar(value):
+        return True
+    if depth == 0:
+        return False
+    if isinstance(value, list | tuple):
+        return all(_is_json(item, depth - 1) for item in value)
+    return isinstance(value, dict) and all(_is_text(k) and _is_json(v, depth - 1) for k, v in value.items())
+
+
+def _is_fingerprint(value: object) -> bool:
+    if not isinstance(value, dict) or not {"gpu", "capability"} <= value.keys():
+        return False
+    return all(_is_text(k) and _is_text(v) for k, v in value.items()) and value["gpu"] != ""
+
+
+def _is_json_object(value: object) -> bool:
+    if not _is_text(value):
+        return False
+    try:
+        return isinstance(json.loads(str(value)), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _is_utc(value: object) -> bool:
+    if not _is_text(value):
+        return False
+    try:
+        return datetime.fromisoformat(str(value)).utcoffset() == timedelta(0)
+    except ValueError:
+        return False
+
+
+def _is_samples(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(_is_number(v) for v in value)
+
+
+def _is_positive(value: object) -> bool:
+    return _is_number(value) and value != 0
+
+
+def _is_scalars(value: object) -> bool:
+    return isinstance(value, dict) and all(_is_text(k) and _is_scalar(v) for k, v in value.items())
+
+
+def _or_none(rule: Rule) -> Rule:
+    return Rule(f"{rule.expects}, or null", lambda value: value is None or rule.holds(value))
+
+
+def _one_of(values: tuple[str, ...]) -> Rule:
+    return Rule(f"one of {', '.join(values)}", lambda value: isinstance(value, str) and value in values)
+
+
+TEXT = Rule("a string without NUL or lone surrogates", _is_text)
+NAME = Rule("a string that is not empty", lambda value: _is_text(value) and value != "")
+NUMBER = Rule("a finite number, not negative", _is_number)
+POSITIVE = Rule("a finite number above 0", _is_positive)
+SCALARS = Rule("an object of numbers, booleans and strings", _is_scalars)
+
+_SHARED = {
+    "fingerprint": Rule("an object of strings with gpu and capability", _is_fingerprint),
+    "family": NAME,
+    "problem": Rule("a JSON object", lambda value: isinstance(value, dict) and _is_json(value)),
+    "problem_key": Rule("a string with a JSON object", _is_json_object),
+    "config": SCALARS,
+    "template_digest": TEXT,
+    "created": Rule("an ISO 8601 time in UTC", _is_utc),
+    "tool_version": NAME,
+}
+TRIAL_RULES: Mapping[str, Rule] = {
+    **_SHARED,
+    "status": _one_of(STATUSES),
+    "reason": TEXT,
+    "samples_us": Rule("a list of finite numbers, not negative", _is_samples),
+    **{name: _or_none(NUMBER) for name in ("median_us", "p20_us", "p80_us", "max_error", "baseline_error")},
+    "kind": _one_of(KINDS),
+    "provider": NAME,
+    "stage": _one_of(STAGES),
+    "resources": _or_none(SCALARS),
+    "predicted_us": _or_none(NUMBER),
+}
+WINNER_RULES: Mapping[str, Rule] = {
+    **_SHARED,
+    **dict.fromkeys(("median_us", "p20_us", "p80_us"), POSITIVE),
+    # a winner without a sample would be a prediction
+    "samples_us": Rule("a list of at least one finite number", lambda v: _is_samples(v) and len(v) > 0),  # type: ignore[arg-type]
+    "default_config": _or_none(SCALARS),
+    "default_median_us": _or_none(POSITIVE),
+    "library": TEXT,
+    "library_median_us": _or_none(POSITIVE),
+    "source": _one_of(SOURCES),
+}
+
+
+def check_fields(values: Mapping[str, object], rules: Mapping[str, Rule]) -> None:
+    """Raise StoreError for an unknown, missing or wrong field."""
+    unknown, missing = sorted(values.keys() - rules.keys()), sorted(rules.keys() - values.keys())
+    if unknown:
+        raise StoreError("a record has fields that this program does not know", {"fields": unknown})
+    if missing:
+        raise StoreError("a record lacks fields", {"fields": missing})
+    for name, rule in rules.items():
+        if not rule.holds(values[name]):
+            raise StoreError(f"{name} must be {rule.expects}", {name: shorten(values[name])})
+
+
+def shorten(value: object) -> object:
+    """The value, or the beginning of a long text."""
+    text = value if isinstance(value, str) else repr(value)
+    return value if len(text) <= MAX_SHOWN_CHARS else text[:MAX_SHOWN_CHARS] + "..."

@@ -1,0 +1,139 @@
+"""The tables. Names start with nsa_, so that the database of a fleet may hold other programs' tables as well."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from sqlalchemy import Dialect, Double, ForeignKey, Index, MetaData, String, Text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import TypeDecorator
+
+from ..spec import canonical_json
+
+NAMING = {
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+    "pk": "pk_%(table_name)s",
+}
+
+
+class CanonicalJSON(TypeDecorator[Any]):
+    """A JSON value, kept as canonical text: the same bytes in every database."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
+        """To text; None stays NULL."""
+        return None if value is None else canonical_json(value)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> Any:
+        """From text."""
+        return None if value is None else json.loads(value)
+
+
+class Base(DeclarativeBase):
+    """Base of all tables."""
+
+    metadata = MetaData(naming_convention=NAMING)
+    type_annotation_map = {  # noqa: RUF012  SQLAlchemy's own protocol
+        str: String,
+        float: Double,
+        dict[str, Any]: CanonicalJSON,
+        list[float]: CanonicalJSON,
+    }
+
+
+class FingerprintRow(Base):
+    """A GPU with its software; `digest` is the natural key."""
+
+    __tablename__ = "nsa_fingerprints"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    digest: Mapped[str] = mapped_column(unique=True)
+    gpu: Mapped[str] = mapped_column(index=True)
+    capability: Mapped[str] = mapped_column(index=True)
+    facts: Mapped[dict[str, Any]]
+
+
+class ProblemRow(Base):
+    """A problem as one family sees it: all its fields, and the key under which winners are found."""
+
+    __tablename__ = "nsa_problems"
+    __table_args__ = (Index(None, "family", "problem_key"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    digest: Mapped[str] = mapped_column(unique=True)
+    family: Mapped[str]
+    problem_key: Mapped[str]
+    problem: Mapped[dict[str, Any]]
+
+
+class VariantRow(Base):
+    """A config of one family under one state of its template."""
+
+    __tablename__ = "nsa_variants"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    digest: Mapped[str] = mapped_column(unique=True)
+    family: Mapped[str]
+    template_digest: Mapped[str]
+    config: Mapped[dict[str, Any]]
+
+
+class TrialRow(Base):
+    """A measurement, a failure or a prediction; never changed after it is written."""
+
+    __tablename__ = "nsa_trials"
+    __table_args__ = (Index(None, "problem_id", "fingerprint_id", "kind"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    digest: Mapped[str] = mapped_column(unique=True)
+    fingerprint_id: Mapped[int] = mapped_column(ForeignKey(FingerprintRow.id))
+    problem_id: Mapped[int] = mapped_column(ForeignKey(ProblemRow.id))
+    variant_id: Mapped[int] = mapped_column(ForeignKey(VariantRow.id), index=True)
+    status: Mapped[str]
+    reason: Mapped[str] = mapped_column(Text)
+    samples_us: Mapped[list[float]]
+    median_us: Mapped[float | None]
+    p20_us: Mapped[float | None]
+    p80_us: Mapped[float | None]
+    kind: Mapped[str]
+    provider: Mapped[str]
+    stage: Mapped[str]
+    resources: Mapped[dict[str, Any] | None]
+    max_error: Mapped[float | None]
+    baseline_error: Mapped[float | None]
+    predicted_us: Mapped[float | None]
+    created: Mapped[str]
+    tool_version: Mapped[str]
+
+
+class WinnerRow(Base):
+    """What is served: one row for each (fingerprint, family, problem key, template); `digest` is their natural key."""
+
+    __tablename__ = "nsa_winners"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    digest: Mapped[str] = mapped_column(unique=True)
+    fingerprint_id: Mapped[int] = mapped_column(ForeignKey(FingerprintRow.id), index=True)
+    problem_id: Mapped[int] = mapped_column(ForeignKey(ProblemRow.id))
+    variant_id: Mapped[int] = mapped_column(ForeignKey(VariantRow.id))
+    trial_id: Mapped[int | None] = mapped_column(ForeignKey(TrialRow.id))  # the evidence, where it was measured here
+    median_us: Mapped[float]
+    p20_us: Mapped[float]
+    p80_us: Mapped[float]
+    samples_us: Mapped[list[float]]
+    default_config: Mapped[dict[str, Any] | None]
+    default_median_us: Mapped[float | None]
+    library: Mapped[str]
+    library_median_us: Mapped[float | None]
+    created: Mapped[str]
+    tool_version: Mapped[str]
+    source: Mapped[str]
+    origin: Mapped[str]  # the shipped file it came from, else empty
+
+
+class ShippedFileRow(Base):
+    """A shipped file of winners that was imported, so that it is parsed again only after it changed."""
+
+    __tablename__ = "nsa_shipped_files"
+    name: Mapped[str] = mapped_column(primary_key=True)
+    sha256: Mapped[str]

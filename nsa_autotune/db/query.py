@@ -1,0 +1,162 @@
+"""Questions to the database, answered with flat rows that a table, CSV or JSON can show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import ColumnElement, func, select
+from sqlalchemy.orm import Session
+
+from ..errors import UnknownName
+from ..spec import canonical_json
+from .checks import KINDS, STATUSES
+from .models import FingerprintRow, ProblemRow, TrialRow
+from .records import TrialRecord, WinnerRecord
+from .rows import select_trials, select_winners, trial_of, winner_of
+
+TABLES = ("winners", "trials")
+MACHINE_COLUMNS = ("gpu", "capability", "driver", "cuda", "torch", "triton")
+PROBLEM_COLUMNS = (
+    "layout",
+    "batch",
+    "seq_q",
+    "seq_k",
+    "num_q_heads",
+    "num_kv_heads",
+    "d_qk",
+    "d_v",
+    "dtype",
+    "locality",
+)
+
+
+def query_rows(
+    session: Session,
+    *,
+    gpu: str | None,
+    family: str | None,
+    problem: Mapping[str, object] | None,
+    status: str | None,
+    kind: str,
+    table: str,
+    limit: int | None,
+    current_templates: Mapping[str, str] | None,
+) -> list[dict[str, Any]]:
+    """See `TuningStore.query`."""
+    _check_names(table=table, kind=kind, status=status)
+    where: list[ColumnElement[bool]] = []
+    if gpu:
+        where.append(func.lower(FingerprintRow.gpu).contains(gpu.lower(), autoescape=True))
+    if family:
+        where.append(ProblemRow.family == family)
+    if problem:
+        where.append(ProblemRow.id.in_(_matching_problems(session, problem)))
+    if table == "winners":
+        winners = (winner_of(*row) for row in session.execute(select_winners(where, limit)))
+        return [winner_columns(record, current_templates) for record in winners]
+    where.append(TrialRow.kind == kind)
+    if status:
+        where.append(TrialRow.status == status)
+    trials = (trial_of(*row) for row in session.execute(select_trials(where, limit)))
+    return [trial_columns(record, current_templates) for record in trials]
+
+
+def winner_columns(record: WinnerRecord, current_templates: Mapping[str, str] | None) -> dict[str, Any]:
+    """A winner as one flat row; times in microseconds."""
+    return {
+        **_shared_columns(record),
+        "median_us": record.median_us,
+        "p20_us": record.p20_us,
+        "p80_us": record.p80_us,
+        "samples": len(record.samples_us),
+        "default_median_us": record.default_median_us,
+        "speedup": record.speedup,
+        "library": record.library,
+        "library_median_us": record.library_median_us,
+        "config": canonical_json(record.config),
+        "source": record.source,
+        "stale": _is_stale(record, current_templates),
+        "template_digest": record.template_digest,
+        "created": record.created,
+        "tool_version": record.tool_version,
+    }
+
+
+def trial_columns(record: TrialRecord, current_templates: Mapping[str, str] | None) -> dict[str, Any]:
+    """A trial as one flat row; times in microseconds."""
+    return {
+        **_shared_columns(record),
+        "kind": record.kind,
+        "status": record.status,
+        "median_us": record.median_us,
+        "p20_us": record.p20_us,
+        "p80_us": record.p80_us,
+        "predicted_us": record.predicted_us,
+        "samples": len(record.samples_us),
+        "max_error": record.max_error,
+        "baseline_error": record.baseline_error,
+        "provider": record.provider,
+        "stage": record.stage,
+        "config": canonical_json(record.config),
+        "resources": None if record.resources is None else canonical_json(record.resources),
+        "reason": record.reason,
+        "stale": _is_stale(record, current_templates),
+        "template_digest": record.template_digest,
+        "created": record.created,
+        "tool_version": record.tool_version,
+    }
+
+
+def _shared_columns(record: TrialRecord | WinnerRecord) -> dict[str, Any]:
+    return {
+        **{name: record.fingerprint.get(name, "") for name in MACHINE_COLUMNS},
+        "family": record.family,
+        **{name: record.problem.get(name) for name in PROBLEM_COLUMNS},
+        "nsa": canonical_json(record.problem.get("nsa", {})),
+    }
+
+
+def _is_stale(record: TrialRecord | WinnerRecord, current_templates: Mapping[str, str] | None) -> bool | None:
+    """True if the template changed since; None where it is not known or a library was measured."""
+    if current_templates is None or not record.template_digest:
+        return None
+    return current_templates.get(record.family) != record.template_digest
+
+
+def _check_names(*, table: str, kind: str, status: str | None) -> None:
+    if table not in TABLES:
+        raise UnknownName(f"table must be one of {', '.join(TABLES)}", {"table": table})
+    if kind not in KINDS:
+        raise UnknownName(f"kind must be one of {', '.join(KINDS)}", {"kind": kind})
+    if status is not None and status not in STATUSES:
+        raise UnknownName(f"status must be one of {', '.join(STATUSES)}", {"status": status})
+    if table == "winners" and (kind != "measured" or status is not None):
+        raise UnknownName(
+            "winners are measured and have no status", {"kind": kind, "status": status}, "Ask the table `trials`."
+        )
+
+
+def _matching_problems(session: Session, asked: Mapping[str, object]) -> list[int]:
+    known: set[str] = set()
+    matching = []
+    for row_id, problem in session.execute(select(ProblemRow.id, ProblemRow.problem)):
+        flat = {**problem, **problem.get("nsa", {})}
+        flat.pop("nsa", None)
+        known |= flat.keys()
+        if all(name in flat and _same(flat[name], value) for name, value in asked.items()):
+            matching.append(row_id)
+    unknown = sorted(asked.keys() - known)
+    if unknown and known:
+        raise UnknownName("a problem has no such field", {"fields": unknown}, f"Fields: {', '.join(sorted(known))}.")
+    return matching
+
+
+def _same(stored: object, asked: object) -> bool:
+    """Equal, where the asked value may come as text from a command line."""
+    if isinstance(stored, int | float) and isinstance(asked, str):
+        try:
+            return float(asked) == stored
+        except ValueError:
+            return False
+    return stored == asked

@@ -1,0 +1,179 @@
+"""TrialRecord and WinnerRecord: what goes into the database and comes out of it; strings, numbers and dicts only."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from importlib import metadata
+from numbers import Real
+from typing import Any, ClassVar, Self
+
+from ..errors import NSAError, StoreError
+from ..spec import Problem, digest
+from .checks import TRIAL_RULES, WINNER_RULES, Rule, check_fields
+
+MAX_REASON_CHARS = 8000  # a compiler's whole output would swell every export
+
+
+def utc_now() -> str:
+    """The time now, ISO 8601 in UTC with microseconds; sorts as text."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+@functools.cache
+def tool_version() -> str:
+    """The installed version of nsa-autotune, or 'source' in a checkout that is not installed."""
+    try:
+        return metadata.version("nsa-autotune")
+    except metadata.PackageNotFoundError:
+        return "source"
+
+
+@dataclass(frozen=True)
+class _Record:
+    """The fields that trials and winners share: which variant, for which problem, on which machine."""
+
+    RULES: ClassVar[Mapping[str, Rule]]
+
+    fingerprint: dict[str, str]
+    family: str
+    problem: dict[str, Any]
+    problem_key: str
+    config: dict[str, Any]
+    template_digest: str  # empty for a library
+
+    def check(self) -> Self:
+        """Raise StoreError if a field could not be stored and read back unchanged."""
+        check_fields({f.name: getattr(self, f.name) for f in fields(self)}, self.RULES)
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`; every field must be there, of the right type, and no other."""
+        check_fields(data, cls.RULES)
+        try:
+            Problem.from_dict(data["problem"])
+        except (NSAError, TypeError, ValueError) as error:
+            raise StoreError("problem must be a valid problem", {"problem": data["problem"]}, str(error)) from error
+        return cls(**{**data, "samples_us": tuple(data["samples_us"])})
+
+    @property
+    def fingerprint_digest(self) -> str:
+        """Natural key of the fingerprint."""
+        return digest(self.fingerprint)
+
+    @property
+    def problem_digest(self) -> str:
+        """Natural key of the problem as the family sees it."""
+        return digest([self.family, self.problem_key, self.problem])
+
+    @property
+    def variant_digest(self) -> str:
+        """Natural key of the variant: family, config and template."""
+        return digest([self.family, self.config, self.template_digest])
+
+    def _normalise(self, *names: str) -> None:
+        # 5 and 5.0 must hash alike, and a numpy scalar is not JSON
+        for name in names:
+            object.__setattr__(self, name, _as_float(getattr(self, name)))
+        samples = getattr(self, "samples_us")  # noqa: B009  a field of both subclasses, at different places
+        object.__setattr__(self, "samples_us", tuple(_as_float(sample) for sample in samples))
+
+
+@dataclass(frozen=True)
+class TrialRecord(_Record):
+    """One measured, failed or predicted variant; times in microseconds, `created` in UTC.
+
+    A reason is cut at 8000 characters.
+    An error that is not finite becomes None, for JSON has no infinity, and the reason says so.
+    """
+
+    RULES = TRIAL_RULES
+
+    status: str  # one of STATUSES
+    reason: str = ""
+    samples_us: tuple[float, ...] = ()
+    median_us: float | None = None
+    p20_us: float | None = None
+    p80_us: float | None = None
+    kind: str = "measured"  # or predicted
+    provider: str = "template"  # or the name of a library
+    stage: str = "search"  # or final, baseline
+    resources: dict[str, Any] | None = None
+    max_error: float | None = None
+    baseline_error: float | None = None
+    predicted_us: float | None = None
+    created: str = field(default_factory=utc_now)
+    tool_version: str = field(default_factory=tool_version)
+
+    def __post_init__(self) -> None:
+        self._normalise("median_us", "p20_us", "p80_us", "max_error", "baseline_error", "predicted_us")
+        reason = _storable(self.reason)
+        for name in ("max_error", "baseline_error"):
+            value = getattr(self, name)
+            if isinstance(value, float) and not math.isfinite(value):
+                object.__setattr__(self, name, None)
+                reason = f"{name} was {value}. {reason}".rstrip()
+        object.__setattr__(self, "reason", _cut(reason))
+
+    @property
+    def digest(self) -> str:
+        """Natural key: the digest of the whole record, so that importing it twice adds nothing."""
+        return digest(self.to_dict())
+
+
+@dataclass(frozen=True)
+class WinnerRecord(_Record):
+    """The variant that serves a problem on one fingerprint, with its evidence and the baselines measured beside it."""
+
+    RULES = WINNER_RULES
+
+    median_us: float
+    p20_us: float
+    p80_us: float
+    samples_us: tuple[float, ...]
+    default_config: dict[str, Any] | None = None
+    default_median_us: float | None = None
+    library: str = ""  # provider measured beside it, if any
+    library_median_us: float | None = None
+    created: str = field(default_factory=utc_now)
+    tool_version: str = field(default_factory=tool_version)
+    source: str = "local"  # or imported, shipped
+
+    def __post_init__(self) -> None:
+        self._normalise("median_us", "p20_us", "p80_us", "default_median_us", "library_median_us")
+
+    @property
+    def digest(self) -> str:
+        """Natural key: fingerprint, family, problem key and template."""
+        return digest([self.fingerprint, self.family, self.problem_key, self.template_digest])
+
+    @property
+    def speedup(self) -> float | None:
+        """Default config's median over the winner's, if the default was measured."""
+        return None if self.default_median_us is None else self.default_median_us / self.median_us
+
+
+def _as_float(value: Any) -> Any:
+    if isinstance(value, Real) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            return value  # an int beyond the range of float, which the check refuses
+    return value
+
+
+def _storable(text: str) -> str:
+    # compiler output may hold lone surrogates and NUL, which no database takes
+    return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\x00", "\\x00")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_REASON_CHARS else text[: MAX_REASON_CHARS - 4] + " ..."

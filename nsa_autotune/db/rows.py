@@ -1,0 +1,187 @@
+"""Records to rows and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+
+from sqlalchemy import ColumnElement, Select, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import InstrumentedAttribute, Session
+
+from .checks import SOURCES
+from .models import FingerprintRow, ProblemRow, TrialRow, VariantRow, WinnerRow
+from .records import TrialRecord, WinnerRecord
+
+SHARED_FIELDS = ("fingerprint", "family", "problem", "problem_key", "config", "template_digest")
+TRIAL_FIELDS = tuple(f.name for f in fields(TrialRecord) if f.name not in SHARED_FIELDS)
+WINNER_FIELDS = tuple(f.name for f in fields(WinnerRecord) if f.name not in SHARED_FIELDS)
+
+_SHARED_FILTERS: dict[str, InstrumentedAttribute[str]] = {
+    "family": ProblemRow.family,
+    "problem_key": ProblemRow.problem_key,
+    "fingerprint_digest": FingerprintRow.digest,
+    "gpu": FingerprintRow.gpu,
+    "capability": FingerprintRow.capability,
+    "template_digest": VariantRow.template_digest,
+}
+TRIAL_FILTERS = {
+    **_SHARED_FILTERS,
+    "status": TrialRow.status,
+    "kind": TrialRow.kind,
+    "stage": TrialRow.stage,
+    "provider": TrialRow.provider,
+}
+WINNER_FILTERS = {**_SHARED_FILTERS, "source": WinnerRow.source}
+
+
+def insert_trial(session: Session, record: TrialRecord) -> int:
+    """Add a trial and what it refers to; the id of the one that is there already if it is the same in every field."""
+    own = {name: getattr(record, name) for name in TRIAL_FIELDS}
+    own["samples_us"] = list(record.samples_us)
+    return _intern(session, TrialRow, record.check().digest, **_references(session, record), **own)
+
+
+def upsert_winner(session: Session, record: WinnerRecord, origin: str = "") -> bool:
+    """Store a winner under its natural key; False if one of a higher source stands there (local, imported, shipped)."""
+    record.check()
+    values = {name: getattr(record, name) for name in WINNER_FIELDS}
+    values |= _references(session, record)
+    values |= {"samples_us": list(record.samples_us), "origin": origin}
+    values["trial_id"] = _evidence(session, values)
+    found = session.scalar(select(WinnerRow).where(WinnerRow.digest == record.digest).with_for_update())
+    if found is None:
+        try:
+            with session.begin_nested():
+                session.add(WinnerRow(digest=record.digest, **values))
+            return True
+        except IntegrityError:  # another process was first
+            found = session.scalars(select(WinnerRow).where(WinnerRow.digest == record.digest).with_for_update()).one()
+    if SOURCES.index(found.source) > SOURCES.index(record.source):
+        return False
+    for name, value in values.items():
+        setattr(found, name, value)
+    return True
+
+
+def read_trials(session: Session, where: Mapping[str, str | None], limit: int | None = None) -> list[TrialRecord]:
+    """The trials whose columns equal the values that are not None, newest first."""
+    return [trial_of(*row) for row in session.execute(select_trials(conditions(TRIAL_FILTERS, where), limit))]
+
+
+def read_winners(session: Session, where: Mapping[str, str | None], limit: int | None = None) -> list[WinnerRecord]:
+    """The winners whose columns equal the values that are not None, newest first."""
+    return [winner_of(*row) for row in session.execute(select_winners(conditions(WINNER_FILTERS, where), limit))]
+
+
+def conditions(
+    filters: Mapping[str, InstrumentedAttribute[str]], where: Mapping[str, str | None]
+) -> list[ColumnElement[bool]]:
+    """Equalities for the values that are not None."""
+    return [filters[name] == value for name, value in where.items() if value is not None]
+
+
+def select_trials(
+    where: list[ColumnElement[bool]], limit: int | None = None
+) -> Select[TrialRow, FingerprintRow, ProblemRow, VariantRow]:
+    """Trials with what they refer to, newest first."""
+    rows = select(TrialRow, FingerprintRow, ProblemRow, VariantRow)
+    for other in (FingerprintRow, ProblemRow, VariantRow):
+        rows = rows.join(other)
+    return rows.where(*where).order_by(TrialRow.created.desc(), TrialRow.id.desc()).limit(limit)
+
+
+def select_winners(
+    where: list[ColumnElement[bool]], limit: int | None = None
+) -> Select[WinnerRow, FingerprintRow, ProblemRow, VariantRow]:
+    """Winners with what they refer to, newest first."""
+    rows = select(WinnerRow, FingerprintRow, ProblemRow, VariantRow)
+    for other in (FingerprintRow, ProblemRow, VariantRow):
+        rows = rows.join(other)
+    return rows.where(*where).order_by(WinnerRow.created.desc(), WinnerRow.id.desc()).limit(limit)
+
+
+def trial_of(trial: TrialRow, fingerprint: FingerprintRow, problem: ProblemRow, variant: VariantRow) -> TrialRecord:
+    """The record that a row was made from."""
+    own = {name: getattr(trial, name) for name in TRIAL_FIELDS}
+    own["samples_us"] = tuple(trial.samples_us)
+    return TrialRecord(
+        fingerprint=dict(fingerprint.facts),
+        family=problem.family,
+        problem=problem.problem,
+        problem_key=problem.problem_key,
+        config=variant.config,
+        template_digest=variant.template_digest,
+        **own,
+    )
+
+
+def winner_of(winner: WinnerRow, fingerprint: FingerprintRow, problem: ProblemRow, variant: VariantRow) -> WinnerRecord:
+    """The record that a row was made from."""
+    own = {name: getattr(winner, name) for name in WINNER_FIELDS}
+    own["samples_us"] = tuple(winner.samples_us)
+    return WinnerRecord(
+        fingerprint=dict(fingerprint.facts),
+        family=problem.family,
+        problem=problem.problem,
+        problem_key=problem.problem_key,
+        config=variant.config,
+        template_digest=variant.template_digest,
+        **own,
+    )
+
+
+def _references(session: Session, record: TrialRecord | WinnerRecord) -> dict[str, int]:
+    machine, family = record.fingerprint, record.family
+    return {
+        "fingerprint_id": _intern(
+            session,
+            FingerprintRow,
+            record.fingerprint_digest,
+            gpu=machine["gpu"],
+            capability=machine["capability"],
+            facts=machine,
+        ),
+        "problem_id": _intern(
+            session,
+            ProblemRow,
+            record.problem_digest,
+            family=family,
+            problem_key=record.problem_key,
+            problem=record.problem,
+        ),
+        "variant_id": _intern(
+            session,
+            VariantRow,
+            record.variant_digest,
+            family=family,
+            template_digest=record.template_digest,
+            config=record.config,
+        ),
+    }
+
+
+def _intern(
+    session: Session,
+    table: type[FingerprintRow] | type[ProblemRow] | type[VariantRow] | type[TrialRow],
+    digest: str,
+    **values: object,
+) -> int:
+    """The id of the row with this natural key, inserted if it is absent."""
+    found = session.scalar(select(table.id).where(table.digest == digest))
+    if found is not None:
+        return found
+    row = table(digest=digest, **values)
+    try:
+        with session.begin_nested():
+            session.add(row)
+    except IntegrityError:  # another process was first
+        return session.scalars(select(table.id).where(table.digest == digest)).one()
+    return row.id
+
+
+def _evidence(session: Session, values: Mapping[str, object]) -> int | None:
+    """The newest good measurement of the winner's variant, a final one preferred; None if it was measured elsewhere."""
+    references = [getattr(TrialRow, name) == values[name] for name in ("fingerprint_id", "problem_id", "variant_id")]
+    good = select(TrialRow.id).where(*references, TrialRow.kind == "measured", TrialRow.status == "ok")
+    return session.scalar(good.order_by((TrialRow.stage == "final").desc(), TrialRow.id.desc()).limit(1))

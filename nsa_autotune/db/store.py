@@ -1,0 +1,268 @@
+"""TuningStore: the one door to the database."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from ..errors import StoreError, UnknownName
+from .engine import (
+    OTHER_DATABASE,
+    for_writing,
+    is_read_only,
+    open_engine,
+    open_read_only_engine,
+    parse_location,
+    store_errors,
+)
+from .exchange import RECORD_TYPES, ImportSummary, format_lines, parse_lines, write_atomically
+from .migrate import ensure_schema, lock_setup
+from .models import ShippedFileRow, WinnerRow
+from .paths import DATABASE_VARIABLE, chosen_url, shipped_files
+from .query import query_rows
+from .records import TrialRecord, WinnerRecord
+from .rows import insert_trial, read_trials, read_winners, upsert_winner
+
+logger = logging.getLogger(__name__)
+
+
+class TuningStore:
+    """Trials and winners in a SQLite file, in memory (`sqlite://`) or on a server.
+
+    Every write is one transaction: it is there whole or not at all. Several processes may write at once; threads of
+    one process may share a store; a forked child must open its own. Every method raises StoreError when the database
+    is damaged, busy for 30 seconds, full or read-only. An existing file that may not be written is opened for reading.
+    """
+
+    def __init__(self, url: str | None = None, *, import_shipped: bool = True) -> None:
+        self.location = parse_location(chosen_url(url))
+        self.read_only = is_read_only(self.location)
+        self._lock = threading.RLock()
+        self._closed = False
+        with store_errors(self.location):
+            self._engine = (open_read_only_engine if self.read_only else open_engine)(self.location)
+            try:
+                ensure_schema(self._engine, self.location, read_only=self.read_only)
+                if import_shipped:
+                    self._import_shipped()
+            except BaseException:
+                self._engine.dispose()
+                raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections; the store cannot be used afterwards."""
+        self._closed = True
+        self._engine.dispose()
+
+    def add_trial(self, record: TrialRecord) -> int:
+        """Store a trial and return its id; the same record, equal in every field, is not added twice."""
+        return self.add_trials([record])[0]
+
+    def add_trials(self, records: Sequence[TrialRecord]) -> list[int]:
+        """Store trials in one transaction and return their ids."""
+        with self._transaction(write=True) as session:
+            return [insert_trial(session, record) for record in records]
+
+    def trials(
+        self,
+        *,
+        family: str | None = None,
+        fingerprint_digest: str | None = None,
+        gpu: str | None = None,
+        problem_key: str | None = None,
+        template_digest: str | None = None,
+        status: str | None = None,
+        kind: str = "measured",
+        stage: str | None = None,
+        provider: str | None = None,
+        limit: int | None = None,
+    ) -> list[TrialRecord]:
+        """Trials that equal every value given, newest first; predictions only with kind='predicted'."""
+        where = {
+            "family": family,
+            "fingerprint_digest": fingerprint_digest,
+            "gpu": gpu,
+            "problem_key": problem_key,
+            "template_digest": template_digest,
+            "status": status,
+            "kind": kind,
+            "stage": stage,
+            "provider": provider,
+        }
+        with self._transaction() as session:
+            return read_trials(session, where, limit)
+
+    def set_winner(self, record: WinnerRecord) -> bool:
+        """Store the winner of (fingerprint, family, problem key, template) in the place of the one before.
+
+        False if that one came from a higher source (local, then imported, then shipped) and stays.
+        """
+        with self._transaction(write=True) as session:
+            return upsert_winner(session, record)
+
+    def winners(
+        self,
+        *,
+        family: str | None = None,
+        fingerprint_digest: str | None = None,
+        gpu: str | None = None,
+        capability: str | None = None,
+        problem_key: str | None = None,
+        template_digest: str | None = None,
+        source: str | None = None,
+    ) -> list[WinnerRecord]:
+        """Winners that equal every value given, newest first; `gpu` alone loads all of one GPU in one query."""
+        where = {
+            "family": family,
+            "fingerprint_digest": fingerprint_digest,
+            "gpu": gpu,
+            "capability": capability,
+            "problem_key": problem_key,
+            "template_digest": template_digest,
+            "source": source,
+        }
+        with self._transaction() as session:
+            return read_winners(session, where)
+
+    def query(
+        self,
+        *,
+        gpu: str | None = None,
+        family: str | None = None,
+        problem: Mapping[str, object] | None = None,
+        status: str | None = None,
+        kind: str = "measured",
+        table: str = "winners",
+        limit: int | None = None,
+        current_templates: Mapping[str, str] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Flat rows, newest first.
+
+        `gpu` is a part of the name in any case; `problem` holds values of problem fields, NSA constants among them, as
+        numbers or text. `status` and kind='predicted' need table='trials'. `current_templates` (family to digest)
+        fills `stale`.
+        UnknownName for a table, kind, status or field that does not exist.
+        """
+        with self._transaction() as session:
+            return query_rows(
+                session,
+                gpu=gpu,
+                family=family,
+                problem=problem,
+                status=status,
+                kind=kind,
+                table=table,
+                limit=limit,
+                current_templates=current_templates,
+            )
+
+    def export_jsonl(
+        self,
+        path: str | Path,
+        *,
+        records: Sequence[str] = ("winner", "trial"),
+        gpu: str | None = None,
+        family: str | None = None,
+    ) -> int:
+        """Write records, predictions included, as JSON lines, atomically; return their number."""
+        if unknown := sorted(set(records) - RECORD_TYPES.keys()):
+            raise UnknownName(f"records must be of {', '.join(RECORD_TYPES)}", {"records": unknown})
+        found: list[TrialRecord | WinnerRecord] = []
+        with self._transaction() as session:
+            if "winner" in records:
+                found += read_winners(session, {"gpu": gpu, "family": family})
+            if "trial" in records:
+                found += read_trials(session, {"gpu": gpu, "family": family})
+        write_atomically(Path(path), format_lines(found))
+        return len(found)
+
+    def import_jsonl(self, path: str | Path, *, source: str | None = "imported") -> ImportSummary:
+        """Add all records of a file, or none; StoreError names a bad line.
+
+        Winners get `source`; None keeps what the file says, to restore a copy of one's own database.
+        """
+        try:
+            content = Path(path).read_bytes()
+        except OSError as error:
+            raise StoreError("the file cannot be read", {"path": str(path), "message": str(error)}) from error
+        parsed = parse_lines(content, str(path))
+        with self._transaction(write=True) as session:
+            return _add_records(session, parsed, source)
+
+    def _import_shipped(self) -> None:
+        files = shipped_files()
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        with self._transaction() as session:
+            known = {row.name: row.sha256 for row in session.scalars(select(ShippedFileRow))}
+        changed = [name for name, sha256 in digests.items() if known.get(name) != sha256]
+        if not changed:
+            return
+        if self.read_only:
+            logger.warning("%s is read-only, so the shipped winners %s are not in it", self.location, changed)
+            return
+        with self._transaction(write=True) as session:
+            lock_setup(session.connection())
+            for name in changed:
+                # what a newer file no longer holds was withdrawn
+                session.execute(delete(WinnerRow).where(WinnerRow.source == "shipped", WinnerRow.origin == name))
+                _add_records(session, parse_lines(files[name], name), "shipped", origin=name)
+                session.merge(ShippedFileRow(name=name, sha256=digests[name]))
+
+    @contextmanager
+    def _transaction(self, *, write: bool = False) -> Iterator[Session]:
+        if self._closed:
+            raise StoreError("the store is closed", {"database": str(self.location)}, "Open a new TuningStore.")
+        if write and self.read_only:
+            raise StoreError("the database is open for reading only", {"database": str(self.location)}, OTHER_DATABASE)
+        engine = for_writing(self._engine) if write else self._engine
+        with self._lock, store_errors(self.location), Session(engine) as session, session.begin():
+            yield session
+
+
+def open_for_lookup(url: str | None = None) -> TuningStore:
+    """A store to look winners up in; if the default file cannot be made, the shipped winners alone, in memory."""
+    try:
+        return TuningStore(url)
+    except StoreError as error:
+        default = parse_location(chosen_url(url))
+        if url or os.environ.get(DATABASE_VARIABLE) or default.path is None or default.path.exists():
+            raise
+        logger.warning("%s Only the shipped winners are served.", error)
+        return TuningStore("sqlite://")
+
+
+def _add_records(
+    session: Session, records: Sequence[TrialRecord | WinnerRecord], source: str | None, origin: str = ""
+) -> ImportSummary:
+    stored = kept = trials = 0
+    # trials first: winners refer to them
+    for record in sorted(records, key=lambda record: isinstance(record, WinnerRecord)):
+        if isinstance(record, TrialRecord):
+            insert_trial(session, record)
+            trials += 1
+            continue
+        winner = record if source is None else dataclasses.replace(record, source=source)
+        if upsert_winner(session, winner, origin):
+            stored += 1
+        else:
+            kept += 1
+    return ImportSummary(stored, kept, trials)

@@ -1,0 +1,1 @@
+"""Which variant serves a problem on the GPU at hand."""

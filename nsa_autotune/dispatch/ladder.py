@@ -1,0 +1,103 @@
+"""The ladder from an exact winner down to the default config, as a pure decision over known winners."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol
+
+from ..spec import Config, KernelSpec, Problem
+from .fingerprint import Fingerprint
+
+
+class Step(StrEnum):
+    """How well the served config fits the problem."""
+
+    EXACT = "exact winner"
+    OTHER_TOOLCHAIN = "winner of this problem on this GPU, measured with other versions"
+    NEAREST = "winner of the nearest problem on this GPU"
+    ARCHITECTURE = "winner on another GPU of this architecture"
+    DEFAULT = "default config"
+
+
+class Winner(Protocol):
+    """What the ladder reads of a stored winner."""
+
+    @property
+    def fingerprint(self) -> Mapping[str, Any]: ...
+    @property
+    def problem(self) -> Mapping[str, Any]: ...
+    @property
+    def problem_key(self) -> str: ...
+    @property
+    def config(self) -> Config: ...
+    @property
+    def template_digest(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The config to serve, the step it stands on, and the key of the problem it was tuned for."""
+
+    config: Config
+    step: Step
+    tuned_key: str = ""
+
+
+SIZES = ("seq_q", "seq_k", "batch", "num_q_heads", "num_kv_heads")
+SAME = ("d_qk", "d_v", "dtype")  # a config tuned for other head dims or dtypes says little
+
+
+def distance(spec: KernelSpec, problem: Problem, key: str) -> float:
+    """Steps between a problem and a tuned one: octaves in size, plus one for every other difference; inf if alien."""
+    wanted = json.loads(spec.problem_key(problem))
+    tuned = json.loads(key)
+    if set(wanted) != set(tuned) or any(wanted.get(name) != tuned.get(name) for name in SAME):
+        return math.inf
+    total = 0.0
+    for name, value in wanted.items():
+        if name in SIZES:
+            total += abs(math.log2(value / tuned[name]))
+        elif name == "locality":
+            total += abs(value - tuned[name])
+        elif value != tuned[name]:
+            total += 4.0
+    if "num_q_heads" in wanted:
+        group = wanted["num_q_heads"] / wanted["num_kv_heads"]
+        total += 2 * abs(math.log2(group * tuned["num_kv_heads"] / tuned["num_q_heads"]))
+    return total
+
+
+def choose(
+    spec: KernelSpec, problem: Problem, winners: Iterable[Winner], here: Fingerprint, template_digest: str
+) -> Choice:
+    """The best known config that is legal for the problem."""
+    key = spec.problem_key(problem)
+    ranked: list[tuple[int, float, str, Choice]] = []
+    order = list(Step)
+    for winner in winners:
+        if winner.template_digest != template_digest or spec.broken_constraint(problem, winner.config) is not None:
+            continue
+        gap = distance(spec, problem, winner.problem_key)
+        step = _step(winner, key, gap, here)
+        if step is not None:
+            choice = Choice(dict(winner.config), step, winner.problem_key)
+            ranked.append((order.index(step), gap, winner.problem_key, choice))
+    if not ranked:
+        return Choice(spec.default_config(problem), Step.DEFAULT)
+    return min(ranked, key=lambda item: item[:3])[3]
+
+
+def _step(winner: Winner, key: str, gap: float, here: Fingerprint) -> Step | None:
+    if math.isinf(gap):
+        return None
+    if winner.fingerprint.get("gpu") == here.gpu:
+        if winner.problem_key != key:
+            return Step.NEAREST
+        return Step.EXACT if dict(winner.fingerprint) == here.to_dict() else Step.OTHER_TOOLCHAIN
+    if winner.fingerprint.get("capability") == here.capability:
+        return Step.ARCHITECTURE
+    return None

@@ -1,0 +1,65 @@
+"""One class a mistake; every message names the rule, the values that broke it and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class NSAError(Exception):
+    """Base of all errors of nsa_autotune: a rule, the offending values, and what to do about it."""
+
+    def __init__(self, rule: str, values: Mapping[str, object] | None = None, remedy: str = "") -> None:
+        self.rule = rule
+        self.values = dict(values or {})
+        self.remedy = remedy
+        super().__init__(self._sentence())
+
+    def _sentence(self) -> str:
+        got = ", ".join(f"{name}={value!r}" for name, value in self.values.items())
+        parts = [self.rule.rstrip(".")]
+        if got:
+            parts.append(f"got {got}")
+        sentence = "; ".join(parts) + "."
+        return f"{sentence} {self.remedy}".rstrip()
+
+    def __reduce__(self) -> tuple[type[NSAError], tuple[str, dict[str, object], str]]:
+        return type(self), (self.rule, self.values, self.remedy)
+
+
+class InvalidConfig(NSAError, ValueError):
+    """NSA constants, or a kernel's config, that cannot work."""
+
+
+class InvalidInput(NSAError, ValueError):
+    """Tensors of the wrong shape, dtype, device or layout."""
+
+
+class InvalidProblem(NSAError, ValueError):
+    """A problem that no kernel of a family can serve."""
+
+
+class UnknownName(NSAError, KeyError):
+    """A preset, family, column or target nobody has heard of."""
+
+    def __str__(self) -> str:  # KeyError would print the repr
+        return self._sentence()
+
+
+class RenderError(NSAError, RuntimeError):
+    """A template that does not render to valid Python."""
+
+
+class KernelError(NSAError, RuntimeError):
+    """A generated kernel that does not compile, fit or launch; names template lines."""
+
+
+class NotTuned(NSAError, LookupError):
+    """strict=True and no exact winner is known."""
+
+
+class StoreError(NSAError, RuntimeError):
+    """A database that is damaged, newer than this program, read-only or busy."""
+
+
+class WorkerError(NSAError, RuntimeError):
+    """A measuring process that cannot be started or answers nonsense."""

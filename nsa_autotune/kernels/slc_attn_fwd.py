@@ -1,0 +1,138 @@
+"""Selected attention, forward: o and lse over the keys of the selected blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import reference
+from ..layout import PackedLayout
+from ..spec import ELEMENT_BYTES, Argument, Config, Constraint, Cost, KernelSpec, Param, Problem, Value
+from . import _common as c
+
+ARGUMENTS = (
+    Argument("q", ("Q", "HQ", "D_QK")),
+    Argument("k", ("K", "H", "D_QK")),
+    Argument("v", ("K", "H", "D_V")),
+    Argument("blocks", ("Q", "H", "N"), "int32", fill="blocks"),
+    Argument("o", ("Q", "HQ", "D_V"), fill="out"),
+    Argument("lse", ("Q", "HQ"), "float32", fill="out"),
+    c.PACKED_ARGUMENTS["q_pos"],
+    c.PACKED_ARGUMENTS["k_start"],
+)
+
+
+def constants(problem: Problem, config: Config) -> dict[str, Value]:
+    """tl.constexpr values of the kernel."""
+    return {
+        "D_QK": problem.d_qk,
+        "D_V": problem.d_v,
+        "G": problem.group_size,
+        "BLOCK_G": c.block_g(problem, config),
+        "BLOCK_T": config["BLOCK_T"],
+        "BLOCK_N": config["BLOCK_N"],
+        "N": problem.nsa.num_selected,
+        "N_POW2": c.next_power_of_2(problem.nsa.num_selected),
+        "SELECT_BLOCK": problem.nsa.select_block_size,
+    }
+
+
+def structure(problem: Problem, config: Config) -> dict[str, Any]:
+    """Structural switches, the loop order among them."""
+    return {**c.attention_structure(problem, config), "loop_order": config["loop_order"]}
+
+
+def defaults(problem: Problem) -> Config:
+    """Query-major, pointer loads: never worse than the number of selected blocks, whatever the locality."""
+    wide = problem.d_qk + problem.d_v > 256 or problem.dtype == "float32"
+    return {
+        "loop_order": "query_major",
+        "BLOCK_T": 1,
+        "BLOCK_N": min(problem.nsa.select_block_size, 32 if wide else 64),
+        "swap": False,
+        "use_tma": False,
+        "num_warps": 4 if wide or problem.group_size > 16 else 2,
+        "num_stages": 2,
+        "maxnreg": 0,
+    }
+
+
+def cost(problem: Problem, config: Config) -> Cost:
+    """QK and PV products over n blocks a token; a union tile multiplies all its rows with every block of the union."""
+    nsa, size, width = problem.nsa, ELEMENT_BYTES[problem.dtype], problem.d_qk + problem.d_v
+    tokens, block_t = c.num_tokens(problem, "seq_q"), int(config["BLOCK_T"])
+    seen = min(c.total_positions(problem), float(tokens) * nsa.num_selected * nsa.select_block_size)
+    flops = 2 * seen * problem.num_q_heads * width
+    union = c.union_blocks(problem, block_t)
+    waste = union / min(nsa.num_selected, nsa.num_select_blocks(problem.seq_k))
+    keys = c.num_tokens(problem, "seq_k") * problem.num_kv_heads * width
+    return Cost(
+        flops=flops,
+        bytes_moved=size * (tokens * problem.num_q_heads * width + keys) + 4 * tokens * problem.num_q_heads,
+        on_chip_bytes=seen * waste / block_t * problem.num_kv_heads * width * size,
+        mma_flops=flops * waste * c.block_g(problem, config) / problem.group_size,
+    )
+
+
+def run_reference(
+    problem: Problem, inputs: dict[str, Any], layout: PackedLayout | None = None, positions: Any = None
+) -> dict[str, Any]:
+    """The paper's equation in PyTorch."""
+    q, k, v, blocks = inputs["q"], inputs["k"], inputs["v"], inputs["blocks"]
+    o, lse = reference.selected_attention(q, k, v, blocks, problem.nsa, positions=positions, layout=layout)
+    return {"o": o, "lse": lse}
+
+
+SPEC = KernelSpec(
+    family="slc_attn_fwd",
+    doc="attention over the selected blocks and its log-sum-exp",
+    arguments=ARGUMENTS,
+    scalars=("scale",),
+    problem_fields=(
+        "batch",
+        "seq_q",
+        "seq_k",
+        "num_q_heads",
+        "num_kv_heads",
+        "d_qk",
+        "d_v",
+        "dtype",
+        "layout",
+        "locality",
+    ),
+    nsa_fields=("select_block_size", "num_selected"),
+    params=(
+        Param(
+            "loop_order", ("query_major", "union"), "one token a tile, or the union of adjacent tokens", structural=True
+        ),
+        Param("BLOCK_T", (1, 2, 4, 8, 16, 32), "query tokens a tile"),
+        Param("BLOCK_N", (16, 32, 64, 128), "keys a tile"),
+        c.SWAP,
+        c.USE_TMA,
+        Param("num_warps", (1, 2, 4, 8), "warps of a program"),
+        c.NUM_STAGES,
+        c.MAXNREG,
+    ),
+    constraints=(
+        c.ROWS_16_TO_128,
+        c.NO_IDLE_TOKENS,
+        Constraint(
+            "query_major takes one token a tile, union two or more",
+            lambda p, config: (config["loop_order"] == "union") == (int(config["BLOCK_T"]) > 1),
+        ),
+        Constraint(
+            "BLOCK_N must divide select_block_size (l')",
+            lambda p, config: p.nsa.select_block_size % int(config["BLOCK_N"]) == 0,
+        ),
+        c.ACCUMULATORS_FIT,
+        c.TILES_FIT,
+        c.TMA_16_BIT,
+        c.REGISTER_CAP_FITS,
+    ),
+    rules=(*c.ATTENTION_RULES, *c.SELECTION_RULES),
+    defaults=defaults,
+    cost=cost,
+    structure=structure,
+    constants=constants,
+    reference=run_reference,
+    cases=c.small_cases(),
+)

@@ -1,0 +1,7 @@
+"""The model side: Native Sparse Attention as a plain torch.nn.Module."""
+
+from __future__ import annotations
+
+from .attention import NativeSparseAttention, Phi
+
+__all__ = ["NativeSparseAttention", "Phi"]

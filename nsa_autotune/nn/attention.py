@@ -1,0 +1,206 @@
+"""NativeSparseAttention: projections, rotary, gates and output around `ops.nsa_attention`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..config import NSAConfig
+from ..errors import InvalidConfig, InvalidInput
+from ..reference import PhiWeights
+
+if TYPE_CHECKING:
+    from ..dispatch.dispatcher import Dispatcher
+
+COMPRESSIONS = ("mlp", "mean")
+
+
+class Phi(nn.Module):
+    """The learned compression of Eq. 7, `[l, D] -> [D]`, shared by the heads: silu((x + position) w1 + b1) w2 + b2."""
+
+    def __init__(self, block_size: int, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.empty(block_size, dim))  # [l, D]
+        self.w1 = nn.Parameter(torch.empty(block_size * dim, hidden))
+        self.b1 = nn.Parameter(torch.empty(hidden))
+        self.w2 = nn.Parameter(torch.empty(hidden, dim))
+        self.b2 = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal weights that keep the variance, a faint position encoding, no biases."""
+        nn.init.normal_(self.position, std=0.02)
+        nn.init.normal_(self.w1, std=self.w1.shape[0] ** -0.5)
+        nn.init.normal_(self.w2, std=self.w2.shape[0] ** -0.5)
+        nn.init.zeros_(self.b1)
+        nn.init.zeros_(self.b2)
+
+    def weights(self, dtype: torch.dtype) -> PhiWeights:
+        """The weights in the dtype of the tokens that they compress; differs from their own under autocast."""
+        return PhiWeights(*(w.to(dtype) for w in (self.position, self.w1, self.b1, self.w2, self.b2)))
+
+
+class NativeSparseAttention(nn.Module):
+    """Causal self-attention with three gated branches (arXiv 2502.11089): compressed, selected, sliding window.
+
+    Each branch has keys and values of its own unless `share_kv`. Rotary (halves, angles in float32) is applied to
+    the queries and to the keys of every branch, before these are compressed; `rope_theta=None` leaves it out.
+    Raises InvalidConfig for sizes that cannot work; `forward` raises InvalidInput.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_q_heads: int,
+        num_kv_heads: int,
+        d_qk: int,
+        d_v: int | None = None,
+        *,
+        config: NSAConfig | None = None,
+        compression: str = "mlp",
+        phi_hidden: int = 128,
+        rope_theta: float | None = 10000.0,
+        share_kv: bool = False,
+        bias: bool = False,
+        dispatcher: Dispatcher | None = None,
+    ) -> None:
+        super().__init__()
+        self.hidden_size, self.num_q_heads, self.num_kv_heads = hidden_size, num_q_heads, num_kv_heads
+        self.d_qk, self.d_v = d_qk, d_qk if d_v is None else d_v
+        self.config = NSAConfig() if config is None else config
+        self.compression, self.rope_theta, self.share_kv = compression, rope_theta, share_kv
+        self.dispatcher = dispatcher
+        self._check_sizes(phi_hidden)
+        branches = ("cmp",) if share_kv else ("cmp", "slc", "win")
+        self.q_proj = nn.Linear(hidden_size, num_q_heads * self.d_qk, bias=bias)
+        self.k_proj = _per_branch(branches, hidden_size, num_kv_heads * self.d_qk, bias)
+        self.v_proj = _per_branch(branches, hidden_size, num_kv_heads * self.d_v, bias)
+        self.gate_proj = nn.Linear(hidden_size, num_q_heads * 3, bias=bias)
+        self.out_proj = nn.Linear(num_q_heads * self.d_v, hidden_size, bias=bias)
+        learned = compression == "mlp"
+        self.phi_k = Phi(self.config.compress_block_size, self.d_qk, phi_hidden) if learned else None
+        self.phi_v = Phi(self.config.compress_block_size, self.d_v, phi_hidden) if learned else None
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """x `[B, T, hidden]`, or packed `[T, hidden]` with int32 `cu_seqlens` `[S + 1]`; returns the shape of x."""
+        self._check_input(x, cu_seqlens)
+        q = self.q_proj(x).unflatten(-1, (self.num_q_heads, self.d_qk))
+        k = {b: proj(x).unflatten(-1, (self.num_kv_heads, self.d_qk)) for b, proj in self.k_proj.items()}
+        v = {b: proj(x).unflatten(-1, (self.num_kv_heads, self.d_v)) for b, proj in self.v_proj.items()}
+        if self.rope_theta is not None:
+            cos, sin = rotary_angles(token_positions(x, cu_seqlens), self.d_qk, self.rope_theta, x.dtype)
+            q, k = rotate(q, cos, sin), {b: rotate(k_b, cos, sin) for b, k_b in k.items()}
+        gates = self.gate_proj(x).sigmoid().unflatten(-1, (self.num_q_heads, 3))  # cmp, slc, win
+        o = ops.nsa_attention(
+            q,
+            k["cmp"],
+            v["cmp"],
+            gates,
+            config=self.config,
+            k_slc=k.get("slc"),
+            v_slc=v.get("slc"),
+            k_win=k.get("win"),
+            v_win=v.get("win"),
+            phi_k=None if self.phi_k is None else self.phi_k.weights(q.dtype),
+            phi_v=None if self.phi_v is None else self.phi_v.weights(q.dtype),
+            cu_seqlens=cu_seqlens,
+            dispatcher=self.dispatcher,
+        )
+        out: Tensor = self.out_proj(o.flatten(-2))
+        return out
+
+    def extra_repr(self) -> str:
+        """What the projections do not show."""
+        kv = "shared" if self.share_kv else "per branch"
+        return f"d_qk={self.d_qk}, d_v={self.d_v}, kv {kv}, compression={self.compression}, {self.config}"
+
+    def _check_sizes(self, phi_hidden: int) -> None:
+        sizes = {name: getattr(self, name) for name in ("hidden_size", "num_q_heads", "num_kv_heads", "d_qk", "d_v")}
+        for name, value in {**sizes, "phi_hidden": phi_hidden}.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InvalidConfig(f"{name} must be a positive int", {name: value})
+        if self.num_q_heads % self.num_kv_heads:
+            heads = {"num_q_heads": self.num_q_heads, "num_kv_heads": self.num_kv_heads}
+            remedy = "Every kv head serves the same number of query heads."
+            raise InvalidConfig("num_q_heads must be a multiple of num_kv_heads", heads, remedy)
+        if self.compression not in COMPRESSIONS:
+            known = f"Use {' or '.join(map(repr, COMPRESSIONS))}."
+            raise InvalidConfig("compression must name a known phi", {"compression": self.compression}, known)
+        if self.rope_theta is not None and (self.d_qk % 2 or not self.rope_theta > 0):
+            values = {"d_qk": self.d_qk, "rope_theta": self.rope_theta}
+            raise InvalidConfig("rotary needs an even d_qk and a positive theta", values, "Or pass rope_theta=None.")
+
+    def _check_input(self, x: Tensor, cu_seqlens: Tensor | None) -> None:
+        shape, weight = tuple(x.shape), self.q_proj.weight
+        if cu_seqlens is None and x.ndim != 3:
+            remedy = "Pass cu_seqlens with packed tokens [T, hidden]." if x.ndim == 2 else "Reshape x."
+            raise InvalidInput("x must be [B, T, hidden]", {"shape": shape}, remedy)
+        if cu_seqlens is not None and x.ndim != 2:
+            raise InvalidInput(
+                "with cu_seqlens, x must be packed: [T, hidden]",
+                {"shape": shape},
+                "Flatten x, or leave cu_seqlens out.",
+            )
+        if x.shape[-1] != self.hidden_size:
+            values = {"shape": shape, "hidden_size": self.hidden_size}
+            raise InvalidInput(
+                "the last dimension of x must be hidden_size", values, "Build the module for this width."
+            )
+        if cu_seqlens is None and x.shape[1] < 1:
+            raise InvalidInput("x must have at least one token", {"shape": shape}, "Skip empty batches.")
+        if x.device != weight.device:
+            devices = {"x": str(x.device), "module": str(weight.device)}
+            raise InvalidInput("x must be on the device of the module", devices, "Move one of them with .to(device).")
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            dtypes = {"x": str(x.dtype), "module": str(weight.dtype)}
+            raise InvalidInput("x must have the dtype of the module", dtypes, "Use .to(dtype), or torch.autocast.")
+        if cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, x)
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> None:
+    """int32 `[S + 1]` beside packed x; its values are read on the CPU only, where that waits for nobody."""
+    values = {"dtype": str(cu_seqlens.dtype), "shape": tuple(cu_seqlens.shape), "device": str(cu_seqlens.device)}
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
+        raise InvalidInput("cu_seqlens must be int32 [S + 1] with S >= 1", values, "Use cu_seqlens.int().")
+    if cu_seqlens.device != x.device:
+        remedy = f"Use cu_seqlens.to({str(x.device)!r})."
+        raise InvalidInput("cu_seqlens must be on the device of x", values, remedy)
+    if cu_seqlens.device.type == "cpu":
+        first, last, steps = cu_seqlens[0].item(), cu_seqlens[-1].item(), cu_seqlens.diff()
+        if first != 0 or last != x.shape[0] or bool((steps < 0).any()):
+            raise InvalidInput(
+                "cu_seqlens must rise from 0 to the number of tokens",
+                {"cu_seqlens": cu_seqlens.tolist(), "tokens": x.shape[0]},
+                "It is the cumulative sum of the lengths, after a 0.",
+            )
+
+
+def token_positions(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Position of each token in its sequence, int64 `[T]`."""
+    tokens = torch.arange(x.shape[-2], device=x.device)
+    if cu_seqlens is None:
+        return tokens
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
+    return tokens - cu_seqlens[sequence.clamp(max=cu_seqlens.numel() - 2)]
+
+
+def rotary_angles(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * theta^(-2i/dim), `[T, 1, dim / 2]` in float32, or float64 for float64."""
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    rates = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=exact) / dim)
+    angles = positions[:, None, None].to(exact) * rates
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pairs (i, i + D/2) of x `[.., T, H, D]` in the dtype of the angles; keeps the dtype of x."""
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def _per_branch(branches: tuple[str, ...], hidden_size: int, width: int, bias: bool) -> nn.ModuleDict:
+    return nn.ModuleDict({branch: nn.Linear(hidden_size, width, bias=bias) for branch in branches})

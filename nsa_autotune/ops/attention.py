@@ -1,0 +1,92 @@
+"""nsa_attention: the three branches and their gated sum, as in the paper."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..config import NSAConfig
+from ..dispatch.dispatcher import Dispatcher
+from ..errors import InvalidInput
+from ..layout import PackedLayout, packed_layout
+from ..reference import PhiWeights
+from . import checks
+from .branches import combine, compress, compressed_attention, select_blocks, selected_attention, window_attention
+from .serve import default_dispatcher
+
+
+def nsa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    *,
+    config: NSAConfig,
+    k_slc: Tensor | None = None,
+    v_slc: Tensor | None = None,
+    k_win: Tensor | None = None,
+    v_win: Tensor | None = None,
+    phi_k: PhiWeights | None = None,
+    phi_v: PhiWeights | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    scale: float | None = None,
+    dispatcher: Dispatcher | None = None,
+    strict: bool = False,
+) -> Tensor:
+    """o = g_cmp Attn(q, phi(k), phi(v)) + g_slc Attn(q, k_slc, v_slc) + g_win Attn(q, k_win, v_win)   (Eq. 5).
+
+    q `[B, TQ, HQ, D_QK]`, keys `[B, TK, H, D_QK]`, values `[B, TK, H, D_V]`, gates `[B, TQ, HQ, 3]` in [0, 1]; packed
+    tensors drop B and bring int32 `cu_seqlens` `[S + 1]` (`cu_seqlens_k` if the keys' lengths differ). k and v serve the
+    compressed branch, and the others unless they have their own. Queries are aligned with the last keys. Position
+    encoding is the caller's business. `strict=True` raises NotTuned rather than serve an untuned kernel.
+    Returns `[B, TQ, HQ, D_V]`; raises InvalidInput for tensors that do not fit together.
+    """
+    layout = _layout(q, k, cu_seqlens, cu_seqlens_k, config)
+    checks.check_query(q, layout)
+    checks.check_key("k", k, q, q.shape[-1])
+    checks.check_key("v", v, q)
+    checks.check_pair(k, v, "compressed")
+    checks.check_gates(gates, q)
+    k_slc, v_slc = _branch("slc", k, v, k_slc, v_slc)
+    k_win, v_win = _branch("win", k, v, k_win, v_win)
+    if strict:
+        dispatcher = (dispatcher or default_dispatcher()).stricter()
+    seq_k = k.shape[-3]
+
+    k_cmp = compress(k, config, phi_k, layout=layout, dispatcher=dispatcher)
+    v_cmp = compress(v, config, phi_v, layout=layout, dispatcher=dispatcher)
+    o_cmp, lse_cmp = compressed_attention(
+        q, k_cmp, v_cmp, config, seq_k=seq_k, scale=scale, layout=layout, dispatcher=dispatcher
+    )
+    blocks = select_blocks(q, k_cmp, lse_cmp, config, seq_k=seq_k, scale=scale, layout=layout, dispatcher=dispatcher)
+    o_slc, _ = selected_attention(q, k_slc, v_slc, blocks, config, scale=scale, layout=layout, dispatcher=dispatcher)
+    o_win, _ = window_attention(q, k_win, v_win, config, scale=scale, layout=layout, dispatcher=dispatcher)
+    return combine(gates, o_cmp, o_slc, o_win, dispatcher=dispatcher)
+
+
+def _layout(
+    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, config: NSAConfig
+) -> PackedLayout | None:
+    if cu_seqlens is None:
+        if cu_seqlens_k is not None:
+            raise InvalidInput("cu_seqlens_k needs cu_seqlens", {}, "Pass both, or none for batched tensors.")
+        return None
+    cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    checks.check_cu_seqlens("cu_seqlens", cu_seqlens, q)
+    checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k)
+    if cu_seqlens.numel() != cu_seqlens_k.numel():
+        values = {"sequences of q": cu_seqlens.numel() - 1, "sequences of k": cu_seqlens_k.numel() - 1}
+        raise InvalidInput("queries and keys must be packed from the same sequences", values)
+    return packed_layout(cu_seqlens, cu_seqlens_k, q.shape[0], k.shape[0], config)
+
+
+def _branch(name: str, k: Tensor, v: Tensor, own_k: Tensor | None, own_v: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A branch's own keys and values, or the shared ones; both or none."""
+    if (own_k is None) != (own_v is None):
+        raise InvalidInput(f"k_{name} and v_{name} come together", {}, "Pass both, or none to share k and v.")
+    if own_k is None or own_v is None:
+        return k, v
+    if own_k.shape[:-1] != k.shape[:-1]:
+        values = {"k": tuple(k.shape), f"k_{name}": tuple(own_k.shape)}
+        raise InvalidInput(f"k_{name} must have the tokens and heads of k", values)
+    return own_k, own_v

@@ -1,0 +1,194 @@
+"""One function an equation: each serves a generated kernel on CUDA tensors and the reference on others.
+
+Tensors are batched `[B, T, H, D]`, or packed `[T, H, D]` with a PackedLayout. `scale` defaults to 1/sqrt(D_QK).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..config import NSAConfig
+from ..dispatch.dispatcher import Dispatcher
+from ..errors import InvalidInput
+from ..layout import PackedLayout
+from ..reference import PhiWeights
+from . import checks, serve
+from .launches import launch_attention, launch_combine, launch_compress, launch_select, rows
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
+
+
+def compress(
+    x: Tensor,
+    config: NSAConfig,
+    phi: PhiWeights | None = None,
+    *,
+    layout: PackedLayout | None = None,
+    dispatcher: Dispatcher | None = None,
+) -> Tensor:
+    """Eq. 7: keys or values `[.., T, H, D]` to `[.., NC, H, D]`, by phi, or by the mean without one."""
+    if x.ndim != (4 if layout is None else 3):
+        raise InvalidInput("keys to compress must be [B, T, H, D], or packed [T, H, D]", {"shape": tuple(x.shape)})
+    kernel = partial(launch_compress, config=config, layout=layout, dispatcher=dispatcher)
+    if phi is None:
+        result: Tensor = serve.run(kernel, partial(reference.compress_mean, config=config, layout=layout), [x])
+        return result
+    _check_phi(x, phi, config)
+
+    def mlp(x: Tensor, *weights: Tensor) -> Tensor:
+        return reference.compress_mlp(x, PhiWeights(*weights), config, layout=layout)
+
+    result = serve.run(kernel, mlp, [x, phi.position, phi.w1, phi.b1, phi.w2, phi.b2])
+    return result
+
+
+def _check_phi(x: Tensor, phi: PhiWeights, config: NSAConfig) -> None:
+    length, width = config.compress_block_size, x.shape[-1]
+    hidden = phi.w1.shape[-1]
+    want = {
+        "position": (length, width),
+        "w1": (length * width, hidden),
+        "b1": (hidden,),
+        "w2": (hidden, width),
+        "b2": (width,),
+    }
+    for name, shape in want.items():
+        tensor: Tensor = getattr(phi, name)
+        checks.check_same(f"phi.{name}", tensor, x)
+        if tuple(tensor.shape) != shape:
+            raise InvalidInput(f"phi.{name} must be {shape}", {"shape": tuple(tensor.shape)}, "Match l, D and hidden.")
+
+
+def compressed_attention(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    config: NSAConfig,
+    *,
+    seq_k: int | None = None,
+    scale: float | None = None,
+    layout: PackedLayout | None = None,
+    dispatcher: Dispatcher | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the visible compressed blocks: o `[.., TQ, HQ, D_V]`, lse `[.., TQ, HQ]` float32.
+
+    `seq_k` counts the raw keys (batched only; the number of blocks does not tell), default: as many as queries.
+    """
+    tokens = _check_compressed(q, k_cmp, config, seq_k, layout)
+    checks.check_key("v_cmp", v_cmp, q)
+    checks.check_pair(k_cmp, v_cmp, "compressed")
+    how: dict[str, Any] = {"config": config, "seq_k": tokens, "scale": _scale(q, scale), "layout": layout}
+    extra = {"seq_k": tokens, **rows(layout, "q_pos", "cmp_start")}
+    kernel = partial(launch_attention, family="cmp_attn_fwd", dispatcher=dispatcher, extra=extra, **how)
+    o, lse = serve.run(kernel, partial(reference.compressed_attention, **how), [q, k_cmp, v_cmp])
+    return o, lse
+
+
+@torch.no_grad()
+def select_blocks(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    config: NSAConfig,
+    *,
+    seq_k: int | None = None,
+    scale: float | None = None,
+    layout: PackedLayout | None = None,
+    dispatcher: Dispatcher | None = None,
+) -> Tensor:
+    """Eq. 8-12: the n blocks of every token and kv head, int32 `[.., TQ, H, n]`, ascending, unused slots -1."""
+    tokens = _check_compressed(q, k_cmp, config, seq_k, layout)
+    checks.check_lse(lse, q)
+    how: dict[str, Any] = {"config": config, "seq_k": tokens, "scale": _scale(q, scale), "layout": layout}
+    kernel = partial(launch_select, dispatcher=dispatcher, **how)
+    blocks: Tensor = serve.run(kernel, partial(reference.select_blocks, **how), [q, k_cmp, lse])
+    return blocks
+
+
+def selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    config: NSAConfig,
+    *,
+    scale: float | None = None,
+    layout: PackedLayout | None = None,
+    dispatcher: Dispatcher | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the keys of the selected blocks: o `[.., TQ, HQ, D_V]`, lse `[.., TQ, HQ]` float32."""
+    _check_branch(q, k, v, "selected", layout)
+    checks.check_blocks(blocks, q, k.shape[-2], config)
+    how: dict[str, Any] = {"config": config, "scale": _scale(q, scale), "layout": layout}
+    extra = {"blocks": blocks.contiguous(), **rows(layout, "q_pos", "k_start")}
+    kernel = partial(
+        launch_attention, family="slc_attn_fwd", seq_k=k.shape[-3], dispatcher=dispatcher, extra=extra, **how
+    )
+    o, lse = serve.run(kernel, partial(reference.selected_attention, blocks=blocks, **how), [q, k, v])
+    return o, lse
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: NSAConfig,
+    *,
+    scale: float | None = None,
+    layout: PackedLayout | None = None,
+    dispatcher: Dispatcher | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the last w tokens t-w+1 .. t: o `[.., TQ, HQ, D_V]`, lse `[.., TQ, HQ]` float32."""
+    _check_branch(q, k, v, "window", layout)
+    how: dict[str, Any] = {"config": config, "scale": _scale(q, scale), "layout": layout}
+    extra = rows(layout, "q_pos", "k_start")
+    kernel = partial(
+        launch_attention, family="win_attn_fwd", seq_k=k.shape[-3], dispatcher=dispatcher, extra=extra, **how
+    )
+    o, lse = serve.run(kernel, partial(reference.window_attention, **how), [q, k, v])
+    return o, lse
+
+
+def combine(
+    gates: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, *, dispatcher: Dispatcher | None = None
+) -> Tensor:
+    """Eq. 5: g_cmp o_cmp + g_slc o_slc + g_win o_win, with gates `[.., TQ, HQ, 3]`."""
+    checks.check_gates(gates, o_cmp)
+    for name, branch in (("o_slc", o_slc), ("o_win", o_win)):
+        checks.check_same(name, branch, o_cmp)
+        if branch.shape != o_cmp.shape:
+            raise InvalidInput(f"{name} must have the shape of o_cmp", {name: tuple(branch.shape)})
+    kernel = partial(launch_combine, dispatcher=dispatcher)
+    out: Tensor = serve.run(kernel, reference.combine, [gates.to(o_cmp.dtype), o_cmp, o_slc, o_win])
+    return out
+
+
+def _check_branch(q: Tensor, k: Tensor, v: Tensor, branch: str, layout: PackedLayout | None) -> None:
+    checks.check_query(q, layout)
+    checks.check_key("k", k, q, q.shape[-1])
+    checks.check_key("v", v, q)
+    checks.check_pair(k, v, branch)
+    checks.check_lengths(q, k.shape[-3], layout)
+
+
+def _check_compressed(
+    q: Tensor, k_cmp: Tensor, config: NSAConfig, seq_k: int | None, layout: PackedLayout | None
+) -> int:
+    """The number of raw keys behind k_cmp, which must hold as many blocks as they make."""
+    tokens = q.shape[-3] if seq_k is None else seq_k
+    checks.check_query(q, layout)
+    checks.check_key("k_cmp", k_cmp, q, q.shape[-1])
+    checks.check_lengths(q, tokens, layout)
+    expected = config.num_compressed(tokens) if layout is None else layout.num_cmp_rows
+    if k_cmp.shape[-3] != expected:
+        values = {"NC": k_cmp.shape[-3], "TK": tokens, "expected": expected}
+        remedy = "Pass seq_k, the raw key count, and take k_cmp from compress()."
+        raise InvalidInput("k_cmp must hold floor((TK - l) / d) + 1 blocks", values, remedy)
+    return tokens

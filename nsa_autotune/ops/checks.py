@@ -1,0 +1,120 @@
+"""What must hold before a kernel sees a tensor; every failure is a sentence with the remedy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..config import NSAConfig
+from ..errors import InvalidInput
+from ..layout import PackedLayout
+
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ALIGNMENT_BYTES = 16  # of rows and base pointers that tensor-memory access reads
+
+
+def check_same(name: str, x: Tensor, q: Tensor) -> None:
+    """x has the dtype and device of q."""
+    if x.dtype != q.dtype:
+        values = {"q": str(q.dtype), name: str(x.dtype)}
+        raise InvalidInput(f"{name} must have the dtype of q", values, f"Use {name}.to(q.dtype).")
+    if x.device != q.device:
+        values = {"q": str(q.device), name: str(x.device)}
+        raise InvalidInput(f"{name} must be on the device of q", values, f"Use {name}.to(q.device).")
+
+
+def check_query(q: Tensor, layout: PackedLayout | None) -> None:
+    """q is [B, TQ, HQ, D_QK], or packed [TQ, HQ, D_QK], of a dtype that kernels or the reference serve."""
+    if q.ndim != (4 if layout is None else 3):
+        form = "[B, TQ, HQ, D_QK]" if layout is None else "[TQ, HQ, D_QK] with cu_seqlens"
+        raise InvalidInput(f"q must be {form}", {"shape": tuple(q.shape)}, "Pass cu_seqlens only with packed tensors.")
+    if q.is_cuda and q.dtype not in KERNEL_DTYPES:
+        known = "bfloat16, float16 or float32"
+        raise InvalidInput(f"kernels serve {known}", {"q": str(q.dtype)}, "Cast, or call nsa_autotune.reference.")
+    if layout is None and q.shape[1] < 1:
+        raise InvalidInput("q must have at least one token", {"shape": tuple(q.shape)}, "Skip empty batches.")
+
+
+def check_key(name: str, x: Tensor, q: Tensor, width: int | None = None) -> None:
+    """x is [.., TK, H, D] beside q, H divides HQ, D is `width` if given."""
+    check_same(name, x, q)
+    if x.ndim != q.ndim or (q.ndim == 4 and x.shape[0] != q.shape[0]):
+        values = {"q": tuple(q.shape), name: tuple(x.shape)}
+        raise InvalidInput(f"{name} must be laid out like q: [B, TK, H, D], or packed [TK, H, D]", values)
+    if x.shape[-2] < 1 or q.shape[-2] % x.shape[-2]:
+        values = {"query heads": q.shape[-2], f"heads of {name}": x.shape[-2]}
+        remedy = "Every kv head serves the same number of query heads."
+        raise InvalidInput(f"the heads of {name} must divide the query heads", values, remedy)
+    if width is not None and x.shape[-1] != width:
+        values = {"q": tuple(q.shape), name: tuple(x.shape)}
+        raise InvalidInput(f"{name} must have the head dim of q", values, "Only v may have its own (d_qk != d_v).")
+
+
+def check_pair(k: Tensor, v: Tensor, branch: str) -> None:
+    """k and v of one branch count the same tokens and heads."""
+    if k.shape[:-1] != v.shape[:-1]:
+        values = {"k": tuple(k.shape), "v": tuple(v.shape)}
+        raise InvalidInput(f"k and v of the {branch} branch must have equal batch, tokens and heads", values)
+
+
+def check_lengths(q: Tensor, seq_k: int, layout: PackedLayout | None) -> None:
+    """Queries are aligned with the last keys, so there may not be more of them."""
+    if layout is None and q.shape[1] > seq_k:
+        values = {"TQ": q.shape[1], "TK": seq_k}
+        raise InvalidInput(
+            "queries are aligned with the last keys, so TQ <= TK must hold", values, "Pass all the keys."
+        )
+
+
+def check_blocks(blocks: Tensor, q: Tensor, num_kv_heads: int, config: NSAConfig) -> None:
+    """blocks is int32 [.., TQ, H, n] on the device of q."""
+    want = (*q.shape[:-2], num_kv_heads, config.num_selected)
+    if tuple(blocks.shape) != want or blocks.dtype != torch.int32 or blocks.device != q.device:
+        values = {"shape": tuple(blocks.shape), "dtype": str(blocks.dtype), "device": str(blocks.device)}
+        raise InvalidInput(f"blocks must be int32 {want} on {q.device}", values, "Take them from select_blocks().")
+
+
+def check_lse(lse: Tensor, q: Tensor) -> None:
+    """lse is float32 [.., TQ, HQ] on the device of q (float64 beside float64 queries)."""
+    if lse.shape != q.shape[:-1] or lse.device != q.device or lse.dtype not in (torch.float32, torch.float64):
+        values = {"shape": tuple(lse.shape), "dtype": str(lse.dtype), "device": str(lse.device)}
+        rule = f"lse must be float32 {tuple(q.shape[:-1])} on {q.device}"
+        raise InvalidInput(rule, values, "Take it from compressed_attention().")
+
+
+def check_gates(gates: Tensor, q: Tensor) -> None:
+    """gates is [.., TQ, HQ, 3] on the device of q, in the order cmp, slc, win."""
+    if tuple(gates.shape) != (*q.shape[:-1], 3) or gates.device != q.device:
+        values = {"q": tuple(q.shape), "gates": tuple(gates.shape), "device": str(gates.device)}
+        raise InvalidInput("gates must be [.., TQ, HQ, 3] beside q (cmp, slc, win)", values, "Apply the sigmoid first.")
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: Tensor) -> None:
+    """int32 [S + 1] beside packed tokens; values are read only on the CPU, where that waits for nobody."""
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
+        values = {"dtype": str(cu_seqlens.dtype), "shape": tuple(cu_seqlens.shape)}
+        raise InvalidInput(f"{name} must be int32 [S + 1] with S >= 1", values, f"Use {name}.int().")
+    if cu_seqlens.device != tokens.device:
+        values = {name: str(cu_seqlens.device), "tokens": str(tokens.device)}
+        raise InvalidInput(f"{name} must be on the device of the tokens", values, f"Use {name}.to(q.device).")
+    if not cu_seqlens.is_cuda:
+        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+        if first != 0 or last != tokens.shape[0] or bool((cu_seqlens.diff() < 0).any()):
+            values = {name: str(cu_seqlens.tolist()), "tokens": str(tokens.shape[0])}
+            raise InvalidInput(
+                f"{name} must rise from 0 to the number of tokens", values, "Sum the lengths up, after a 0."
+            )
+
+
+def readable(x: Tensor) -> Tensor:
+    """x if kernels can read it in place: rows of whole heads, 16-byte aligned; else a contiguous copy."""
+    size = x.element_size()
+    in_place = (
+        x.stride(-1) == 1
+        and x.stride(-2) == x.shape[-1]
+        and x.stride(-3) >= x.shape[-1] * x.shape[-2]
+        and x.stride(-3) * size % ALIGNMENT_BYTES == 0
+        and x.data_ptr() % ALIGNMENT_BYTES == 0
+        and (x.ndim == 3 or x.shape[0] == 1 or (x.stride(0) % x.stride(1) == 0 and x.stride(0) >= x.stride(1)))
+    )
+    return x if in_place else x.contiguous()

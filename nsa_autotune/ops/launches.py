@@ -1,0 +1,112 @@
+"""One function a kernel: allocate the outputs, describe the problem, launch. Inputs are checked by the caller."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..config import NSAConfig
+from ..dispatch.dispatcher import Dispatcher
+from ..layout import PackedLayout
+from ..reference import PhiWeights
+from . import checks, serve
+
+
+def rows(layout: PackedLayout | None, *names: str) -> dict[str, Any]:
+    """Index tensors of the packed layout by name; None when batched."""
+    return {name: None if layout is None else getattr(layout, name) for name in names}
+
+
+def launch_compress(
+    x: Tensor, *weights: Tensor, config: NSAConfig, layout: PackedLayout | None, dispatcher: Dispatcher | None
+) -> Tensor:
+    """Compressed keys or values; `weights` are phi's, or none for the mean."""
+    x = checks.readable(x)
+    count = config.num_compressed(x.shape[1]) if layout is None else layout.num_cmp_rows
+    out = x.new_empty((*x.shape[:-3], count, *x.shape[-2:]))
+    if out.numel() == 0:
+        return out
+    tensors = {"x": x, "out": out, **rows(layout, "cmp_source")}
+    family, hidden = "cmp_pool_fwd", 128
+    if weights:
+        phi = PhiWeights(*weights)
+        family, hidden = "cmp_mlp_fwd", phi.w1.shape[-1]
+        share = phi.position.float().flatten() @ phi.w1.float()  # phi is linear before its activation
+        bias = {"b1": phi.b1.float() + share, "b2": phi.b2.float()}
+        tensors |= {"w1": phi.w1.contiguous(), "w2": phi.w2.contiguous(), **bias}
+    shape = (tuple(x.shape), x.dtype, config, layout is None, hidden)
+    problem = partial(serve.describe, None, x, config, layout, seq_k=x.shape[-3], d_v=x.shape[-1], phi_hidden=hidden)
+    serve.launch(dispatcher, kernels.get_spec(family), shape, problem, tensors, x.device)
+    return out
+
+
+def launch_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    family: str,
+    config: NSAConfig,
+    seq_k: int,
+    scale: float,
+    layout: PackedLayout | None,
+    dispatcher: Dispatcher | None,
+    extra: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """o and lse of one attention family; `extra` holds what only that family takes."""
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    k, v = checks.readable(k), checks.readable(v)
+    o = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    if k.numel() == 0 or q.numel() == 0:  # fewer tokens than one block: nothing is visible
+        return o.zero_(), lse.fill_(float("-inf"))
+    locality = (dispatcher or serve.default_dispatcher()).locality
+    shape = (tuple(q.shape), tuple(k.shape), v.shape[-1], q.dtype, config, layout is None, seq_k)
+    tensors = {"q": q, "k": k, "v": v, "o": o, "lse": lse, "scale": scale, **extra}
+    problem = partial(serve.describe, q, k, config, layout, seq_k=seq_k, d_v=v.shape[-1], locality=locality)
+    serve.launch(dispatcher, kernels.get_spec(family), shape, problem, tensors, q.device)
+    return o, lse
+
+
+def launch_select(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    config: NSAConfig,
+    seq_k: int,
+    scale: float,
+    layout: PackedLayout | None,
+    dispatcher: Dispatcher | None,
+) -> Tensor:
+    """The blocks of every token and kv head; k holds the compressed keys."""
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    k = checks.readable(k)
+    blocks = torch.empty((*q.shape[:-2], k.shape[-2], config.num_selected), dtype=torch.int32, device=q.device)
+    if k.numel() == 0 or q.numel() == 0:  # fewer tokens than one block: every token selects block 0
+        blocks.fill_(-1)[..., 0] = 0
+        return blocks
+    shape = (tuple(q.shape), tuple(k.shape), q.dtype, config, layout is None, seq_k)
+    tensors = {"q": q, "k": k, "lse": lse.contiguous(), "blocks": blocks, "scale": scale, "seq_k": seq_k}
+    tensors |= rows(layout, "q_pos", "cmp_start")
+    problem = partial(serve.describe, q, k, config, layout, seq_k=seq_k, d_v=k.shape[-1])
+    serve.launch(dispatcher, kernels.get_spec("slc_select_fwd"), shape, problem, tensors, q.device)
+    return blocks
+
+
+def launch_combine(gates: Tensor, *outputs: Tensor, dispatcher: Dispatcher | None) -> Tensor:
+    """The gated sum of the branches' outputs."""
+    o_cmp, o_slc, o_win = (o.contiguous() for o in outputs)
+    out = torch.empty_like(o_cmp)
+    if out.numel() == 0:
+        return out
+    flat = o_cmp.view(1, -1, *o_cmp.shape[-2:])  # the kernel sees tokens, not batches
+    tensors = {"o_cmp": o_cmp, "o_slc": o_slc, "o_win": o_win, "gates": gates.contiguous(), "out": out}
+    problem = partial(serve.describe, flat, flat, NSAConfig(), None, seq_k=flat.shape[1], d_v=flat.shape[-1])
+    shape = (tuple(flat.shape), out.dtype)
+    serve.launch(dispatcher, kernels.get_spec("gate_sum_fwd"), shape, problem, tensors, out.device)
+    return out

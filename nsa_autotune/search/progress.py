@@ -1,0 +1,83 @@
+"""What tuning and predicting tell while they run; a display implements `Progress`, nothing here prints."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from ..db.records import TrialRecord, WinnerRecord
+from ..spec import KernelSpec, Problem
+from .budget import Budget
+
+MAX_REASON_CHARS = 160  # of a reason in a summary; the database keeps it whole
+
+OutcomeKind = Literal["tuned", "known", "failed", "predicted", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is about to be done for one problem."""
+
+    spec: KernelSpec
+    problem: Problem
+    budget: Budget
+    num_known: int  # trials of an earlier run that are not done again
+    planned_trials: int | None  # new trials at most, None if only time limits them
+
+
+@dataclass(frozen=True)
+class TrialEvent:
+    """One trial that is stored by now."""
+
+    record: TrialRecord
+    number: int  # from 1, in this run
+    spent: float  # fraction of the budget, 0 to 1
+    best_us: float | None  # fastest so far: measured medians while tuning, predictions while predicting
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one problem ended: `known` had a winner, `failed` has none, `interrupted` resumes with the same call."""
+
+    kind: OutcomeKind
+    spec: KernelSpec
+    problem: Problem
+    winner: WinnerRecord | None = None
+    statuses: tuple[tuple[str, int], ...] = ()  # status, trials; most frequent first
+    reasons: tuple[tuple[str, int], ...] = ()  # first line of the reason of failures, trials; most frequent first
+
+
+class Progress(Protocol):
+    """Hears of one problem at a time: `start`, any number of `trial`, `finish`; only `finish` if it had a winner."""
+
+    def start(self, plan: Plan) -> None: ...
+
+    def trial(self, event: TrialEvent) -> None: ...
+
+    def finish(self, outcome: Outcome) -> None: ...
+
+
+class NullProgress:
+    """Tells nobody."""
+
+    def start(self, plan: Plan) -> None:
+        """Ignore."""
+
+    def trial(self, event: TrialEvent) -> None:
+        """Ignore."""
+
+    def finish(self, outcome: Outcome) -> None:
+        """Ignore."""
+
+
+def count_statuses(records: Iterable[TrialRecord]) -> tuple[tuple[str, int], ...]:
+    """Trials by status, most frequent first."""
+    return tuple(Counter(record.status for record in records).most_common())
+
+
+def count_reasons(records: Iterable[TrialRecord]) -> tuple[tuple[str, int], ...]:
+    """Failures by `status: first line of the reason`, most frequent first."""
+    lines = (f"{r.status}: {(r.reason.splitlines() or [''])[0]}" for r in records if r.status != "ok")
+    return tuple(Counter(line[:MAX_REASON_CHARS] for line in lines).most_common())

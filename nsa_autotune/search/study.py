@@ -1,0 +1,128 @@
+"""Which config to try next: seeds, then Optuna's TPE, then coordinate descent around the best; never one twice."""
+
+from __future__ import annotations
+
+import math
+import random
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import optuna
+from optuna.trial import Trial, TrialState
+
+from ..spec import Config
+from .space import ConfigSpace, config_key
+
+MAX_ASKS = 8  # proposals of the sampler that may turn out known or illegal before chance decides
+POLISH_BASES = 3  # the best configs whose neighbourhoods are searched
+
+
+@contextmanager
+def _quiet_optuna() -> Iterator[None]:
+    """Optuna's log lines and warnings of experimental switches are off inside, and as before afterwards."""
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(level)
+
+
+class ConfigSearch:
+    """Proposes configs and learns from their times; lives in memory, rebuilt from stored trials with `remember`."""
+
+    def __init__(self, space: ConfigSpace, *, seed: int = 0, seeds: Iterable[Config] = ()) -> None:
+        self.space = space
+        self._rng = random.Random(seed)
+        self._times_us: dict[str, float | None] = {}  # config key -> median, None if it failed
+        self._configs: dict[str, Config] = {}
+        self._queue = deque(config for config in seeds if space.is_legal(config))
+        self._asked: dict[str, Trial] = {}
+        self._seen: set[str] = set()  # keys of all configs that are known or under way
+        self._distributions = space.distributions()
+        with _quiet_optuna():
+            sampler = optuna.samplers.TPESampler(multivariate=True, group=True, constant_liar=True, seed=seed)
+            self._study = optuna.create_study(direction="minimize", sampler=sampler)
+
+    def ranked(self) -> list[tuple[Config, float]]:
+        """Configs that worked with their medians in us, fastest first; ties in the order of their keys."""
+        timed = sorted((time_us, key) for key, time_us in self._times_us.items() if time_us is not None)
+        return [(self._configs[key], time_us) for time_us, key in timed]
+
+    @property
+    def best(self) -> tuple[Config, float] | None:
+        """The fastest config so far and its median in us."""
+        ranked = self.ranked()
+        return ranked[0] if ranked else None
+
+    def propose(self, *, polish: bool = False) -> Config | None:
+        """A legal config that was never proposed or recorded, or None if there is none left.
+
+        `polish` looks next to the best configs; without it, or if they have no unseen neighbour, the sampler is asked.
+        """
+        config = self._next_seed()
+        if config is None and polish:
+            config = self._next_neighbour()
+        if config is None:
+            config = self._ask() or self.space.sample(self._rng, self._seen) or self._next_neighbour()
+        return config
+
+    def record(self, config: Config, median_us: float | None) -> None:
+        """Learn the time of a config in us; None means that it failed, which counts as bad and not as unknown."""
+        key = config_key(config)
+        self._times_us[key] = median_us
+        self._configs[key] = config
+        self._seen.add(key)
+        value = math.log(median_us) if median_us is not None else None
+        state = TrialState.COMPLETE if median_us is not None else TrialState.PRUNED  # TPE forgets what is told as FAIL
+        with _quiet_optuna():
+            if key in self._asked:
+                self._study.tell(self._asked.pop(key), value, state=state)
+                return
+            self._study.add_trial(
+                optuna.trial.create_trial(
+                    state=state, value=value, params=self.space.to_params(config), distributions=self._distributions
+                )
+            )
+
+    def remember(self, config: Config, median_us: float | None) -> None:
+        """`record` for a stored trial: ignored if the space no longer holds the config, or if it is known already."""
+        if self.space.is_legal(config) and config_key(config) not in self._times_us:
+            self.record(config, median_us)
+
+    def _next_seed(self) -> Config | None:
+        while self._queue:
+            config = self._queue.popleft()
+            if config_key(config) not in self._seen:
+                return config
+        return None
+
+    def _next_neighbour(self) -> Config | None:
+        for base, _ in self.ranked()[:POLISH_BASES]:
+            neighbours = [config for config in self.space.neighbours(base) if config_key(config) not in self._seen]
+            if neighbours:
+                return self._rng.choice(neighbours)
+        return None
+
+    def _ask(self) -> Config | None:
+        """TPE's proposal, moved to a legal unseen config one value away if need be."""
+        with _quiet_optuna():
+            refused = []
+            try:
+                for _ in range(MAX_ASKS):
+                    trial = self._study.ask(self._distributions)
+                    config = self.space.from_params(trial.params)
+                    key = config_key(config)
+                    if key not in self._seen and self.space.is_legal(config):
+                        self._asked[key] = trial
+                        self._seen.add(key)
+                        return config
+                    refused.append(trial)  # stays running meanwhile, so that the sampler looks elsewhere
+            finally:
+                for trial in refused:
+                    self._study.tell(trial, state=TrialState.FAIL)
+        return self.space.repair(config, seen=self._seen)

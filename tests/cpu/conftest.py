@@ -1,0 +1,10 @@
+"""CPU tests run kernels in Triton's interpreter, which must be chosen before triton is imported."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+    raise RuntimeError("triton was imported before tests/cpu could choose its interpreter; run tests/cpu alone")
+os.environ["TRITON_INTERPRET"] = "1"

@@ -1,0 +1,252 @@
+"""The command line: what it prints, how it exits, and that a mistake gets a sentence and not a traceback."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nsa_autotune.cli.app import main
+from nsa_autotune.codegen.render import template_digest
+from nsa_autotune.db.records import TrialRecord, WinnerRecord
+from nsa_autotune.db.store import TuningStore
+from nsa_autotune.kernels import get_spec
+from nsa_autotune.spec import Problem
+
+FINGERPRINT = {"gpu": "Test GPU", "capability": "9.0", "driver": "1", "cuda": "13.0", "torch": "2.11", "triton": "3.6"}
+FAMILY = "win_attn_fwd"
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run one command line: exit code, stdout, stderr."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        code = main(arguments)
+        captured = capsys.readouterr()
+        return code, captured.out, " ".join(captured.err.split())
+
+    return call
+
+
+def make_winner(seq: int = 8192, **changes: object) -> WinnerRecord:
+    spec, problem = get_spec(FAMILY), Problem(seq_q=seq, seq_k=seq)
+    record = WinnerRecord(
+        fingerprint=FINGERPRINT,
+        family=FAMILY,
+        problem=problem.to_dict(),
+        problem_key=spec.problem_key(problem),
+        config=spec.default_config(problem),
+        template_digest=template_digest(spec),
+        median_us=120.0,
+        p20_us=118.0,
+        p80_us=125.0,
+        samples_us=(118.0, 120.0, 125.0),
+        default_config=spec.default_config(problem),
+        default_median_us=240.0,
+    )
+    return replace(record, **changes)
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> str:
+    """The URL of a database with two winners, one of them stale, a failed trial and a prediction."""
+    url = f"sqlite:///{tmp_path / 'tuning.sqlite'}"
+    winner = make_winner()
+    trial = TrialRecord(
+        fingerprint=FINGERPRINT,
+        family=FAMILY,
+        problem=winner.problem,
+        problem_key=winner.problem_key,
+        config=winner.config,
+        template_digest=winner.template_digest,
+        status="compile",
+        reason="[red]not markup[/red]",
+    )
+    prediction = replace(trial, status="ok", reason="", kind="predicted", predicted_us=99.5)
+    with TuningStore(url, import_shipped=False) as store:
+        store.set_winner(winner)
+        store.set_winner(make_winner(65536, template_digest="0" * 20))
+        store.add_trials([trial, prediction])
+    return url
+
+
+def test_help_names_every_command(run: Run) -> None:
+    code, out, _ = run("--help")
+    assert code == 0
+    assert all(name in out for name in ("tune", "render", "doctor", "db"))
+
+
+def test_version(run: Run) -> None:
+    from nsa_autotune import __version__
+
+    assert run("--version")[:2] == (0, f"nsa-autotune {__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("tune", "--preset", "gqa16-d12"), ("preset", "gqa16-d12", "'gqa16-d128'")),
+        (("tune", "--seq", "8k,banana"), ("sequence lengths", "banana", "8k,32k,64k")),
+        (("tune", "--heads", "63", "--kv-heads", "4"), ("multiple", "num_q_heads=63")),
+        (("tune", "--dtype", "bf61"), ("dtype", "bf61", "bfloat16")),
+        (("tune", "--locality", "1.5"), ("locality must be in [0, 1)", "1.5")),
+        (("tune", "--families", "win_atn_fwd"), ("win_atn_fwd", "win_attn_fwd")),
+        (("tune", "--nsa", "select_block_siz=64"), ("select_block_siz", "select_block_size")),
+        (("tune", "--nsa", "select_block_size=72"), ("compress_stride (d) must divide", "72")),
+        (("tune", "--budget", "quik"), ("budget", "quik", "quick")),
+        (("tune", "--target", "cuda:12345"), ("target", "cuda:12345")),
+        (("render", "--family", FAMILY, "--config", "num_warps=3"), ("num_warps='3'", "not one of")),
+        (("render", "--family", FAMILY, "--config", "num_warps"), ("name=value", "num_warps")),
+        (("render", "--family", FAMILY, "--out", "/nowhere/at/all.py"), ("cannot be written", "/nowhere/at/all.py")),
+        (("render", "--family", FAMILY, "--d-qk", "100"), ("head dims", "d_qk=100")),
+        (("db", "query", "--table", "winners", "--status", "ok"), ("no status", "trials")),
+        (("db", "query", "--status", "okay"), ("status must be one of", "okay")),
+        (("db", "query", "--family", "nope"), ("family", "nope")),
+        (("db", "import", "/nowhere/x.jsonl"), ("cannot be read", "/nowhere/x.jsonl")),
+    ],
+    ids=lambda value: "_".join(value)[:60] if isinstance(value, tuple) else None,
+)
+def test_a_mistake_gets_a_sentence(run: Run, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert all(word in err for word in words), err
+    assert "Traceback" not in err
+
+
+def test_a_file_that_is_no_database_is_left_as_it_is(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "notes.sqlite"
+    path.write_text("these are notes, and longer than one hundred bytes, so that SQLite reads them as a header" * 3)
+    before = path.read_bytes()
+    code, _, err = run("db", "query", "--db", f"sqlite:///{path}")
+    assert (code, path.read_bytes()) == (2, before)
+    assert "damaged" in err
+
+
+def test_an_unknown_option_is_no_traceback(run: Run) -> None:
+    code, _, err = run("tune", "--sequence", "8k")
+    assert code == 2
+    assert "--sequence" in err
+
+
+def test_render_prints_the_source_that_the_config_asks_for(run: Run, tmp_path: Path) -> None:
+    code, out, _ = run("render", "--family", FAMILY, "--config", "num_warps=8", "--dtype", "fp16", "--seq", "4k")
+    assert code == 0
+    compile(out, "rendered", "exec")
+    assert '"num_warps":8' in out
+    assert '"dtype":"float16"' in out
+
+    path = tmp_path / "kernel.py"
+    assert run("render", "--family", FAMILY, "--config", "num_warps=8", "--dtype", "fp16", "--out", str(path))[0] == 0
+    assert path.read_text() == out
+    assert [entry.name for entry in tmp_path.iterdir()] == ["kernel.py"], "no temporary file stays"
+
+
+def test_render_lists_families_and_parameters(run: Run) -> None:
+    from nsa_autotune.kernels import all_specs
+
+    out = run("render")[1]
+    assert all(family in out for family in all_specs())
+    out = run("render", "--family", FAMILY, "--params")[1]
+    spec = get_spec(FAMILY)
+    assert all(param.name in out and param.doc in out for param in spec.params)
+    assert all(constraint.reason in out for constraint in spec.constraints)
+
+
+def test_the_golden_files_are_up_to_date(run: Run) -> None:
+    code, out, err = run("render", "--check")
+    assert (code, err) == (0, "")
+    assert "equal" in out
+
+
+def test_a_wrong_golden_file_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nsa_autotune.codegen import golden
+
+    monkeypatch.setattr(golden, "check_goldens", lambda: ["golden/a.py: line 3 differs"])
+    code, _, err = run("render", "--check")
+    assert code == 2
+    assert "golden/a.py: line 3 differs" in err and "render --write" in err
+
+
+def test_query_as_json_and_csv(run: Run, database: str) -> None:
+    code, out, _ = run("db", "query", "--db", database, "--format", "json")
+    rows = json.loads(out)
+    assert code == 0
+    assert {(row["seq_k"], row["stale"]) for row in rows} == {(8192, False), (65536, True)}
+    assert {row["speedup"] for row in rows} == {2.0}
+
+    out = run("db", "query", "--db", database, "--format", "csv", "--problem", "seq_k=64k")[1]
+    (row,) = csv.DictReader(io.StringIO(out))
+    assert (row["family"], row["seq_k"], float(row["median_us"])) == (FAMILY, "65536", 120.0)
+
+
+def test_query_filters(run: Run, database: str) -> None:
+    def count(*arguments: str) -> int:
+        code, out, err = run("db", "query", "--db", database, "--format", "json", *arguments)
+        assert code == 0, err
+        return len(json.loads(out))
+
+    assert count("--gpu", "test") == 2
+    assert count("--gpu", "H100") == 0
+    assert count("--family", "slc_attn_fwd") == 0
+    assert count("--problem", "seq_k=8k", "--problem", "dtype=bf16,num_q_heads=64") == 1
+    assert count("--problem", "seq_k=8k,dtype=fp16") == 0
+    assert count("--status", "compile") == 1
+    assert count("--table", "trials") == 1, "predictions are not measurements"
+    assert count("--kind", "predicted") == 1
+    assert count("--limit", "1") == 1
+
+
+def test_query_as_table(run: Run, database: str) -> None:
+    code, out, _ = run("db", "query", "--db", database)
+    assert code == 0
+    assert "T 65536 HQ 64 H 4 d 128 bfloat16" in out and "240" not in out
+    out = run("db", "query", "--db", database, "--status", "compile")[1]
+    assert "[red]not markup[/red]" in out
+    out = run("db", "query", "--db", database, "--columns", "family,default_median_us")[1]
+    assert "240" in out and "T 65536" not in out
+    code, _, err = run("db", "query", "--db", database, "--columns", "famly")
+    assert code == 2 and "famly" in err and "family" in err
+
+
+def test_export_and_import_carry_winners(run: Run, database: str, tmp_path: Path) -> None:
+    path, other = tmp_path / "winners.jsonl", f"sqlite:///{tmp_path / 'other.sqlite'}"
+    assert "2 records" in run("db", "export", str(path), "--db", database)[1]
+    assert "2 winners, 0 trials" in run("db", "import", str(path), "--db", other)[1]
+    exported = json.loads(run("db", "query", "--db", other, "--format", "json", "--gpu", "Test")[1])
+    assert {row["source"] for row in exported} == {"imported"}
+    assert "4 records" in run("db", "export", str(path), "--db", database, "--records", "all")[1]
+
+
+def test_path_makes_no_file(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "not_yet.sqlite"
+    assert run("db", "path", "--db", f"sqlite:///{path}")[:2] == (0, f"{path}\n")
+    assert not path.exists()
+
+
+def test_doctor_without_a_gpu(run: Run, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, out, _ = run("doctor", "--db", database)
+    assert code == 0
+    assert "no CUDA device" in out
+    assert "1 compile" in out, "trials by status"
+    assert "Test GPU" in out
+    assert f"1 winners are stale, their templates have changed: nsa-autotune tune --families {FAMILY}" in out
+
+
+def test_doctor_with_a_damaged_database(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "broken.sqlite"
+    path.write_bytes(b"SQLite format 3\x00" + b"\xff" * 4096)
+    code, out, err = run("doctor", "--db", f"sqlite:///{path}")
+    assert code == 2
+    assert "this machine" in out and "database" in err

@@ -1,0 +1,208 @@
+"""`nsa-autotune tune`: what it plans, how it divides a budget, and a whole run on a pretended GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from nsa_autotune.bench.result import TrialResult
+from nsa_autotune.cli import tune as tune_command
+from nsa_autotune.cli import tune_run
+from nsa_autotune.cli.app import main
+from nsa_autotune.db.store import TuningStore
+from nsa_autotune.kernels import all_specs, get_spec
+from nsa_autotune.search.budget import NAMED_BUDGETS, Budget
+from nsa_autotune.spec import Config, Problem
+
+FINGERPRINT = {"gpu": "Test GPU", "capability": "9.0", "driver": "1", "cuda": "13.0", "torch": "2.11", "triton": "3.6"}
+COMMAND = ("tune", "--families", "gate_sum_fwd", "--seq", "1k,2k", "--trials", "6")
+
+
+class FakeWorker:
+    """Times a config by a formula: BLOCK=512 with 2 warps is best; 8 warps crash."""
+
+    fail_all = False
+    interrupt_after: int | None = None
+
+    def __init__(self, device: str) -> None:
+        self.num_measured = 0
+
+    def __enter__(self) -> FakeWorker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def measure(self, family: str, problem: Problem, config: Config) -> TrialResult:
+        self.num_measured += 1
+        if self.interrupt_after is not None and self.num_measured > self.interrupt_after:
+            raise KeyboardInterrupt
+        if self.fail_all or config["num_warps"] == 8:
+            return TrialResult("crash", "it died")
+        time_us = 10.0 + abs(int(config["BLOCK"]) - 512) / 512 + abs(int(config["num_warps"]) - 2)
+        return TrialResult("ok", "", (time_us,), time_us, time_us, time_us)
+
+    def race(self, family: str, problem: Problem, configs: Sequence[Config], rounds: int = 1) -> list[TrialResult]:
+        return [self.measure(family, problem, config) for config in configs]
+
+    def measure_library(self, provider: str, problem: Problem) -> TrialResult:
+        return TrialResult("ok", "", (20.0,), 20.0, 20.0, 20.0)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> type[FakeWorker]:
+    """A machine with a GPU, its worker and its fingerprint pretended."""
+
+    class Worker(FakeWorker):
+        pass
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("nsa_autotune.bench.worker.MeasureWorker", Worker)
+    fingerprint = SimpleNamespace(to_dict=lambda: dict(FINGERPRINT))
+    monkeypatch.setattr("nsa_autotune.dispatch.fingerprint.current", lambda device: fingerprint)
+    return Worker
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'tuning.sqlite'}"
+
+
+def test_a_run_stores_winners_and_prints_them(
+    on_a_gpu: type[FakeWorker], url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*COMMAND, "--db", url]) == 0
+    captured = capsys.readouterr()
+    assert "winners" in captured.out and "gate_sum_fwd" in captured.out
+    with TuningStore(url) as store:
+        winners, trials = store.winners(gpu="Test GPU"), store.trials(stage="search")
+    assert {w.problem["seq_k"] for w in winners} == {1024, 2048}
+    assert 6 <= len(trials) <= 12
+    for winner in winners:
+        assert f"{winner.median_us:.4g}" in captured.out
+        assert winner.default_median_us is not None and winner.median_us <= winner.default_median_us
+
+    assert main([*COMMAND, "--db", url]) == 0
+    assert "known" in capsys.readouterr().err
+    with TuningStore(url) as store:
+        assert len(store.trials(stage="search")) == len(trials), "a tuned problem is not tuned again"
+
+
+def test_ctrl_c_keeps_what_was_measured_and_says_how_to_go_on(
+    on_a_gpu: type[FakeWorker], url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_a_gpu.interrupt_after = 3
+    assert main([*COMMAND, "--db", url]) == 130
+    err = " ".join(capsys.readouterr().err.split())
+    assert "everything measured is kept" in err and "tuning.sqlite" in err and "the same command resumes" in err
+    with TuningStore(url) as store:
+        assert len(store.trials()) == 3
+        assert store.winners(gpu="Test GPU") == []
+
+    on_a_gpu.interrupt_after = None
+    assert main([*COMMAND, "--db", url]) == 0
+    with TuningStore(url) as store:
+        assert len(store.winners(gpu="Test GPU")) == 2
+        configs = [str(t.config) for t in store.trials(stage="search") if t.problem["seq_k"] == 1024]
+    assert len(configs) == len(set(configs)) == 6, "the three trials of the first call count"
+
+
+def test_a_problem_without_a_winner_is_an_error(
+    on_a_gpu: type[FakeWorker], url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_a_gpu.fail_all = True
+    assert main([*COMMAND, "--db", url]) == 1
+    err = capsys.readouterr().err
+    assert "no config works" in err and "crash: it died" in err and "2 problems have no winner" in err
+
+
+def predict_nothing_measured(calls: list[str], ranked: list[object]) -> Callable[..., list[object]]:
+    def predict(spec: object, problem: Problem, *, target: str, **_: object) -> list[object]:
+        calls.append(f"{target} {problem.seq_k}")
+        return ranked
+
+    return predict
+
+
+def test_without_a_gpu_predictions_are_labelled(
+    monkeypatch: pytest.MonkeyPatch, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nsa_autotune.search.ranking import Prediction
+
+    config = get_spec("gate_sum_fwd").default_config(Problem())
+    resources = {"registers": 31, "shared_bytes": 2048}
+    calls: list[str] = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    fake = predict_nothing_measured(calls, [Prediction(config, 12.5, resources)])
+    monkeypatch.setattr("nsa_autotune.search.predict.predict_problem", fake)
+    assert main([*COMMAND, "--db", url, "--no-check"]) == 0
+    captured = capsys.readouterr()
+    assert calls == ["cuda:90 1024", "cuda:90 2048"]
+    assert "nothing was measured" in captured.out and "12.5" in captured.out and "31" in captured.out
+    assert "winner" not in captured.out
+
+    monkeypatch.setattr("nsa_autotune.search.predict.predict_problem", predict_nothing_measured(calls, []))
+    assert main([*COMMAND, "--db", url, "--no-check", "--target", "cuda:80"]) == 1
+    assert "none runs" in capsys.readouterr().out and calls[-1] == "cuda:80 2048"
+
+
+def test_a_target_is_predicted_for_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert tune_command.choose_target("cuda:80") == "cuda:80"
+    assert tune_command.choose_target(None) is None
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert tune_command.choose_target(None) == "cuda:90"
+
+
+def test_equal_work_is_planned_once() -> None:
+    specs = [get_spec("gate_sum_fwd"), get_spec("slc_attn_fwd")]
+    problems = [Problem(locality=locality) for locality in (0.0, 0.8)]
+    work = tune_command.plan_work(specs, problems)
+    assert [(spec.family, problem.locality) for spec, problem in work] == [
+        ("gate_sum_fwd", 0.0),
+        ("slc_attn_fwd", 0.0),
+        ("slc_attn_fwd", 0.8),
+    ]
+
+
+def test_different_head_dims_compress_keys_and_values_apart() -> None:
+    work = tune_command.plan_work([get_spec("cmp_mlp_fwd")], [Problem(d_qk=192, d_v=128)])
+    assert sorted(problem.d_qk for _, problem in work) == [128, 192]
+
+
+def test_every_family_serves_every_preset() -> None:
+    from nsa_autotune.search.presets import PRESETS
+
+    for preset in PRESETS.values():
+        families = {spec.family for spec, _ in tune_command.plan_work(list(all_specs().values()), [preset.problem])}
+        assert families == set(all_specs())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((None, 7, None), Budget(7, None)),
+        ((None, None, 3.0), Budget(None, 3.0)),
+        (("full", 7, 3.0), Budget(7, 3.0)),
+        (("quick", None, None), Budget(60, 2.0 * 5)),
+        (("200,30m", None, None), Budget(200, 30.0)),
+        ((None, None, None), Budget(NAMED_BUDGETS["normal"].max_trials, 50.0)),
+    ],
+    ids=str,
+)
+def test_budget_of_five_problems(arguments: tuple[str | None, int | None, float | None], expected: Budget) -> None:
+    assert tune_command.choose_budget(*arguments, parts=5, predicting=False) == expected
+
+
+def test_minutes_are_shared_among_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(tune_run.time, "monotonic", lambda: now)
+    work = [(get_spec("gate_sum_fwd"), Problem(seq_q=seq, seq_k=seq)) for seq in (64, 128, 256, 512)]
+    found = []
+    for _, problem, budget in tune_run.shares(Budget(9, 8.0), work):
+        found.append((problem.seq_k, budget.max_trials, budget.max_minutes))
+        now += {64: 2.0, 128: 0.0, 256: 60.0, 512: 0.0}[problem.seq_k] * 60
+    assert found == [(64, 9, 2.0), (128, 9, 2.0), (256, 9, 3.0), (512, 9, tune_run.LEAST_MINUTES)]
