@@ -11,7 +11,7 @@ from .errors import InvalidConfig
 class NSAConfig:
     """Constants of the three branches (arXiv 2502.11089, section 3); sizes are in tokens unless said otherwise.
 
-    `num_selected` counts the forced blocks: `num_initial` first ones and `num_local` last ones, the token's own included.
+    `num_selected` counts the forced blocks: the `num_initial` first and the `num_local` last, the token's own included.
     """
 
     compress_block_size: int = 32  # l

@@ -1,4 +1,4 @@
-"""Where each query, key and compressed row of a packed batch lies; computed on the device, without a host synchronisation."""
+"""Where each query, key and compressed row of a packed batch lies; computed on the device, without waiting for it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .config import NSAConfig
 class PackedLayout:
     """Index tensors (int32, on the tensors' device) of packed sequences `[T, H, D]` with `cu_seqlens`.
 
-    Compressed rows are laid out in slots: each selection block of a sequence owns l'/d rows, so that sequence s starts at
-    row `cmp_offsets[s]`, a multiple of l'/d. Rows that no window fills are zero, and no query sees them.
+    Compressed rows are laid out in slots: each selection block of a sequence owns l'/d rows, so that sequence s starts
+    at row `cmp_offsets[s]`, a multiple of l'/d. Rows that no window fills are zero, and no query sees them.
     """
 
     cu_seqlens_q: Tensor  # [S + 1]

@@ -129,9 +129,10 @@ class ProblemRule:
 
 @dataclass(frozen=True)
 class Argument:
-    """A tensor of a kernel's launch function: symbolic shape, dtype ('problem' = the problem's), and how to fill it for a trial.
+    """A tensor of a kernel's launch function: symbolic shape, dtype ("problem": the problem's), content in a trial.
 
-    `fill` is one of normal, weight, gates, lse, blocks, lengths, out; symbols are resolved by `bench.inputs`.
+    `fill` is one of normal, weight, bias, gates, lse, blocks, out, or the name of an index tensor of PackedLayout;
+    symbols are resolved by `bench.inputs`.
     """
 
     name: str
@@ -171,7 +172,7 @@ class KernelSpec:
     cost: Callable[[Problem, Config], Cost]
     structure: Callable[[Problem, Config], dict[str, Any]]  # what decides the rendered lines
     constants: Callable[[Problem, Config], dict[str, Value]]  # tl.constexpr values of the kernel
-    reference: Callable[..., Mapping[str, Any]]  # (problem, inputs by name, layout=None, positions=None) -> outputs by name
+    reference: Callable[..., Mapping[str, Any]]  # (problem, inputs by name, layout, positions) -> outputs by name
     scalars: tuple[str, ...] = ()  # numbers that launch takes besides tensors: "scale", "seq_k"
     cases: tuple[Problem, ...] = ()  # small problems for tests
     library: str = ""  # provider measured beside it, if any

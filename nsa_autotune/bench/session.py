@@ -117,26 +117,16 @@ class MeasureSession:
         enter("inputs")
         gate = self._gate(spec, small)
         enter("compile")
-        resources: dict[str, int] | None = None
-        stage = "compile"
-
-        def first_launch(**arguments: Any) -> object:
-            nonlocal resources, stage
-            kernels = launch(**arguments)
-            if stage == "compile":
-                self._synchronize()
-                resources, stage = resources_of(kernels), "accuracy"
-                enter(stage)
-            return kernels
-
-        report, inputs = run_cases(gate, first_launch), gate[0].inputs
+        watched = _Watched(launch, lambda: enter("accuracy"), self._synchronize)
+        report, inputs = run_cases(gate, watched), gate[0].inputs
         if report.ok and small != problem:
             enter("inputs")
             case = self._case(spec, problem)
             enter("accuracy")
-            rows, inputs = run_cases((case,), launch), case.inputs
+            rows, inputs = run_cases((case,), watched), case.inputs
             reason = "" if rows.ok else f"At full length, though not at {small.seq_k} tokens: {rows.reason}"
             report = replace(max(report, rows, key=lambda r: r.max_error), ok=rows.ok, reason=reason)
+        resources = resources_of(watched.kernels)  # at full length: Triton specialises on sizes
         if not report.ok:
             return self._result(None, "accuracy", report, resources)
         return Ready(lambda: inputs.call(launch), report, resources)
@@ -203,6 +193,23 @@ class MeasureSession:
         self._cases.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+class _Watched:
+    """A launch function that remembers its kernels, and tells when the first launch, which compiles, is done."""
+
+    def __init__(self, launch: Callable[..., Any], compiled: Callable[[], None], wait: Callable[[], None]) -> None:
+        self._launch, self._compiled, self._wait = launch, compiled, wait
+        self._is_first = True
+        self.kernels: object = None
+
+    def __call__(self, **arguments: Any) -> object:
+        self.kernels = self._launch(**arguments)
+        if self._is_first:
+            self._wait()
+            self._is_first = False
+            self._compiled()
+        return self.kernels
 
 
 class _TellingClock:

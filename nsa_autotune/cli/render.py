@@ -95,12 +95,14 @@ def _print_params(spec: KernelSpec, problem: Problem) -> None:
 
 def _goldens(*, write: bool) -> None:
     from ..codegen import golden
+    from ..kernels import all_specs
 
+    specs = all_specs().values()
     if write:
-        paths = golden.write_goldens()
+        paths = golden.write_goldens(specs)
         typer.echo(f"{len(paths)} golden files are written; review them with git diff")
         return
-    differences = golden.check_goldens()
+    differences = golden.check_goldens(specs)
     for difference in differences:
         errors().print(str(difference), markup=False, soft_wrap=True)
     if differences:

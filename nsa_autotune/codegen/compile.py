@@ -77,7 +77,7 @@ def meta_arguments(spec: KernelSpec, problem: Problem, scale: float = 0.125) -> 
 
 
 def compile_variant(spec: KernelSpec, problem: Problem, config: Config, target: str = "cuda:90") -> Resources:
-    """Compile in this process for `target`; raises KernelError with template lines, or if the variant cannot run there."""
+    """Compile in this process for `target`; raises KernelError, with template lines, if that or running there fails."""
     goal = parse_target(target)
     rendered = render(spec, problem, config)
     module = load(rendered)

@@ -1,4 +1,4 @@
-"""Dispatcher: a problem to a loaded kernel. Never tunes; after the first call of a shape it is one dictionary lookup."""
+"""Dispatcher: a problem to a loaded kernel. Never tunes; after the first call of a shape it is a dictionary lookup."""
 
 from __future__ import annotations
 

@@ -36,8 +36,8 @@ def nsa_attention(
     """o = g_cmp Attn(q, phi(k), phi(v)) + g_slc Attn(q, k_slc, v_slc) + g_win Attn(q, k_win, v_win)   (Eq. 5).
 
     q `[B, TQ, HQ, D_QK]`, keys `[B, TK, H, D_QK]`, values `[B, TK, H, D_V]`, gates `[B, TQ, HQ, 3]` in [0, 1]; packed
-    tensors drop B and bring int32 `cu_seqlens` `[S + 1]` (`cu_seqlens_k` if the keys' lengths differ). k and v serve the
-    compressed branch, and the others unless they have their own. Queries are aligned with the last keys. Position
+    tensors drop B and bring int32 `cu_seqlens` `[S + 1]` (`cu_seqlens_k` if the keys' lengths differ). k and v serve
+    the compressed branch, and the others unless they have their own. Queries are aligned with the last keys. Position
     encoding is the caller's business. `strict=True` raises NotTuned rather than serve an untuned kernel.
     Returns `[B, TQ, HQ, D_V]`; raises InvalidInput for tensors that do not fit together.
     """

@@ -45,8 +45,8 @@ def compress(
     def mlp(x: Tensor, *weights: Tensor) -> Tensor:
         return reference.compress_mlp(x, PhiWeights(*weights), config, layout=layout)
 
-    result = serve.run(kernel, mlp, [x, phi.position, phi.w1, phi.b1, phi.w2, phi.b2])
-    return result
+    blocks: Tensor = serve.run(kernel, mlp, [x, phi.position, phi.w1, phi.b1, phi.w2, phi.b2])
+    return blocks
 
 
 def _check_phi(x: Tensor, phi: PhiWeights, config: NSAConfig) -> None:

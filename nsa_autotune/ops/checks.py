@@ -42,9 +42,9 @@ def check_key(name: str, x: Tensor, q: Tensor, width: int | None = None) -> None
         values = {"q": tuple(q.shape), name: tuple(x.shape)}
         raise InvalidInput(f"{name} must be laid out like q: [B, TK, H, D], or packed [TK, H, D]", values)
     if x.shape[-2] < 1 or q.shape[-2] % x.shape[-2]:
-        values = {"query heads": q.shape[-2], f"heads of {name}": x.shape[-2]}
+        heads = {"query heads": q.shape[-2], f"heads of {name}": x.shape[-2]}
         remedy = "Every kv head serves the same number of query heads."
-        raise InvalidInput(f"the heads of {name} must divide the query heads", values, remedy)
+        raise InvalidInput(f"the heads of {name} must divide the query heads", heads, remedy)
     if width is not None and x.shape[-1] != width:
         values = {"q": tuple(q.shape), name: tuple(x.shape)}
         raise InvalidInput(f"{name} must have the head dim of q", values, "Only v may have its own (d_qk != d_v).")

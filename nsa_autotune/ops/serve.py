@@ -22,10 +22,10 @@ logger = logging.getLogger("nsa_autotune")
 @cache
 def default_dispatcher() -> Dispatcher:
     """The dispatcher that serves calls without one of their own: winners of the default database."""
-    from ..db.store import TuningStore  # SQLAlchemy is needed on the first CUDA call only
+    from ..db import open_for_lookup  # SQLAlchemy is needed on the first CUDA call only
 
     try:
-        return Dispatcher(TuningStore())
+        return Dispatcher(open_for_lookup())
     except StoreError as error:
         logger.warning("no tuned kernels: %s", error)
         return Dispatcher(None)

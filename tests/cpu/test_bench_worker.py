@@ -63,7 +63,7 @@ def gone_soon(pid: int) -> bool:
 
 
 def test_a_right_variant_is_gated_and_timed(worker: MeasureWorker) -> None:
-    result = worker.measure("fake_window", SMALL, {"fault": "right"})
+    result = worker.measure("fake_pool", SMALL, {"fault": "right"})
     assert (result.status, result.reason) == ("ok", "")
     assert result.median_us is not None and result.median_us > 0 and result.samples_us
     assert result.max_error is not None and 0 < result.max_error <= 2 * result.baseline_error + 0.01
@@ -73,15 +73,15 @@ def test_a_right_variant_is_gated_and_timed(worker: MeasureWorker) -> None:
 @pytest.mark.parametrize(
     ("fault", "status", "words"),
     [
-        ("row", "accuracy", "o: max error"),
+        ("row", "accuracy", "out: max error"),
         ("nan", "accuracy", "never written"),
-        ("raise", "compile", "fake_window.py.j2: no such instruction"),
+        ("raise", "compile", "fake_pool.py.j2: no such instruction"),
         ("oom", "resource", "out of memory"),
         ("misspelt", "constraint", "fault='misspelt' is not one of"),
     ],
 )
 def test_failures_have_a_status_and_a_reason(session: MeasureSession, fault: str, status: str, words: str) -> None:
-    (result,) = session.race("fake_window", SMALL, [{"fault": fault}], 1)
+    (result,) = session.race("fake_pool", SMALL, [{"fault": fault}], 1)
     assert result is not None and (result.status, result.median_us) == (status, None)
     assert words in result.reason
 
@@ -115,33 +115,33 @@ def test_a_library_goes_through_the_worker(worker: MeasureWorker) -> None:
 
 
 def test_garbage_on_standard_output_is_harmless(worker: MeasureWorker) -> None:
-    assert worker.measure("fake_window", SMALL, {"fault": "print"}).ok
+    assert worker.measure("fake_pool", SMALL, {"fault": "print"}).ok
 
 
 @pytest.mark.usefixtures("one_crash_is_enough")
 def test_exit_is_a_crash_and_the_next_variant_is_served(worker: MeasureWorker) -> None:
-    result = worker.measure("fake_window", SMALL, {"fault": "exit"})
+    result = worker.measure("fake_pool", SMALL, {"fault": "exit"})
     assert result.status == "crash"
     assert "In stage 'compile'" in result.reason and "exit code 3" in result.reason
-    assert worker.measure("fake_window", SMALL, {"fault": "right"}).ok
+    assert worker.measure("fake_pool", SMALL, {"fault": "right"}).ok
 
 
 def test_a_killed_child_is_told_with_its_last_words_and_not_tried_a_third_time(worker: MeasureWorker) -> None:
-    result = worker.measure("fake_window", SMALL, {"fault": "kill"})
+    result = worker.measure("fake_pool", SMALL, {"fault": "kill"})
     assert result.status == "crash"
     assert "signal SIGKILL; it printed: last words" in result.reason
     started = time.monotonic()
-    assert worker.measure("fake_window", SMALL, {"fault": "kill"}) == result
+    assert worker.measure("fake_pool", SMALL, {"fault": "kill"}) == result
     assert time.monotonic() - started < 0.2  # no child was started
 
 
 def test_one_crash_is_forgiven(worker: MeasureWorker) -> None:
-    assert worker.measure("fake_window", SMALL, {"fault": "kill_once"}).ok
+    assert worker.measure("fake_pool", SMALL, {"fault": "kill_once"}).ok
 
 
 @pytest.mark.usefixtures("one_crash_is_enough")
 def test_what_a_crashed_child_started_ends_with_it(worker: MeasureWorker) -> None:
-    result = worker.measure("fake_window", SMALL, {"fault": "orphan"})
+    result = worker.measure("fake_pool", SMALL, {"fault": "orphan"})
     assert result.status == "crash"
     assert gone_soon(int(result.reason.split("sleeper ")[1].rstrip(".")))
 
@@ -149,26 +149,26 @@ def test_what_a_crashed_child_started_ends_with_it(worker: MeasureWorker) -> Non
 @pytest.mark.usefixtures("one_crash_is_enough")
 def test_in_a_race_only_the_crashing_variant_fails(worker: MeasureWorker) -> None:
     faults = ["right", "late_kill", "row", "right"]
-    results = worker.race("fake_window", SMALL, [{"fault": fault} for fault in faults], rounds=2)
+    results = worker.race("fake_pool", SMALL, [{"fault": fault} for fault in faults], rounds=2)
     assert [result.status for result in results] == ["ok", "crash", "accuracy", "ok"]
     assert "In stage 'timing'" in results[1].reason
 
 
 def test_a_lost_context_costs_one_trial_and_the_child(worker: MeasureWorker) -> None:
-    worker.measure("fake_window", SMALL, {"fault": "right"})
+    worker.measure("fake_pool", SMALL, {"fault": "right"})
     before = worker.child_pid
-    results = worker.race("fake_window", SMALL, [{"fault": "illegal"}, {"fault": "right"}], rounds=2)
+    results = worker.race("fake_pool", SMALL, [{"fault": "illegal"}, {"fault": "right"}], rounds=2)
     assert [result.status for result in results] == ["runtime", "ok"]
     assert "illegal memory access" in results[0].reason
     assert worker.child_pid != before
 
 
 def test_a_hang_ends_by_timeout(worker: MeasureWorker, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert worker.measure("fake_window", SMALL, {"fault": "right"}).ok
+    assert worker.measure("fake_pool", SMALL, {"fault": "right"}).ok
     monkeypatch.setattr(worker, "timeout_s", 1.0)
     child = worker.child_pid
     assert child is not None
-    result = worker.measure("fake_window", SMALL, {"fault": "hang"})
+    result = worker.measure("fake_pool", SMALL, {"fault": "hang"})
     assert result.status == "timeout"
     assert result.reason == "In stage 'compile': no answer within 1 s."
     assert not alive(child) and worker.child_pid is None
@@ -176,13 +176,13 @@ def test_a_hang_ends_by_timeout(worker: MeasureWorker, monkeypatch: pytest.Monke
 
 def test_ctrl_c_ends_the_child() -> None:
     worker = MeasureWorker("cpu", 60.0, env=ENV, toolchain=TOOLCHAIN)
-    worker.measure("fake_window", SMALL, {"fault": "right"})
+    worker.measure("fake_pool", SMALL, {"fault": "right"})
     child = worker.child_pid
     assert child is not None and os.getsid(child) == child != os.getsid(0)
     timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
-        worker.measure("fake_window", SMALL, {"fault": "hang"})
+        worker.measure("fake_pool", SMALL, {"fault": "hang"})
     assert not alive(child) and worker.child_pid is None
     worker.close()
 
@@ -194,7 +194,7 @@ def test_the_child_ends_with_its_parent() -> None:
         "from nsa_autotune.bench.worker import MeasureWorker\n"
         "import os\n"
         f"worker = MeasureWorker('cpu', 60.0, toolchain={TOOLCHAIN!r})\n"
-        "worker.measure('fake_window', SMALL, {'fault': 'misspelt'})\n"
+        "worker.measure('fake_pool', SMALL, {'fault': 'misspelt'})\n"
         "print(worker.child_pid, flush=True)\n"
         "os.kill(os.getpid(), 9)\n"
     )
@@ -209,12 +209,12 @@ def test_a_child_that_cannot_start_is_told() -> None:
         MeasureWorker("cpu", 60.0, env=ENV, toolchain="cpu.no_such_module") as worker,
         pytest.raises(WorkerError, match="no_such_module"),
     ):
-        worker.measure("fake_window", SMALL, {"fault": "right"})
+        worker.measure("fake_pool", SMALL, {"fault": "right"})
 
 
 def test_no_configs_need_no_child() -> None:
     with MeasureWorker("cpu", toolchain=TOOLCHAIN) as worker:
-        assert worker.race("fake_window", SMALL, []) == []
+        assert worker.race("fake_pool", SMALL, []) == []
         assert worker.child_pid is None
 
 
