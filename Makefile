@@ -2,7 +2,8 @@
 #
 #   TORCH=auto|cpu|cuda   which torch to install; auto looks for an NVIDIA GPU
 #   TORCH_CPU, TORCH_CUDA the requirements behind the two, e.g. TORCH_CUDA='torch==2.11.0'
-#   PRESET, ARGS          what `make tune` tunes, and further options of `nsa-autotune tune`
+#   PRESET, ARGS          what `make tune` tunes (gqa16-d128 with a GPU, tiny without), and further options
+#   JOBS, PYTEST_ARGS     processes of `make test`, and further options of pytest
 #   PYTHON, VENV          the interpreter (3.11 or newer) and the folder of the environment
 
 SHELL := /bin/bash
@@ -14,6 +15,7 @@ TORCH ?= auto
 TORCH_CPU ?= torch==2.13.0
 TORCH_CUDA ?= torch
 PYTEST_ARGS ?=
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
 ARGS ?=
 
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes || echo no)
@@ -21,7 +23,7 @@ BUILD := $(if $(filter auto,$(TORCH)),$(if $(filter yes,$(GPU)),cuda,cpu),$(TORC
 ifeq ($(filter cpu cuda,$(BUILD)),)
 $(error TORCH must be auto, cpu or cuda; got TORCH=$(TORCH))
 endif
-PRESET ?= $(if $(filter cuda,$(BUILD)),$(if $(filter yes,$(GPU)),gqa16-d128,tiny),tiny)
+PRESET ?=
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 
@@ -47,10 +49,10 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 tune: $(STAMP)  ## the main job
-	$(BIN)/nsa-autotune tune --preset $(PRESET) $(ARGS)
+	$(BIN)/nsa-autotune tune $(if $(PRESET),--preset $(PRESET)) $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest tests/cpu -n 2 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/cpu -n $(JOBS) $(PYTEST_ARGS)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)

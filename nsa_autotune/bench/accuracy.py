@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -174,7 +174,7 @@ def judge(spec: KernelSpec, expected: Expected, inputs: TrialInputs) -> Accuracy
             wide, base = expected.reference[argument.name], expected.baseline[argument.name]
             report = compare_floats(argument.name, out, wide, base, has_rows=str(argument.shape[-1]).startswith("D_"))
         if not report.ok:
-            return report
+            return replace(report, reason=report.reason + part.where)
         worst = max(worst, report, key=lambda r: r.max_error)
     return worst
 

@@ -42,7 +42,7 @@ def compare_floats(
 ) -> AccuracyReport:
     """Judge a float output against `reference` (float32 or wider); `has_rows`: the last dimension is one vector."""
     if out.shape != reference.shape:
-        return _failed(f"{name}: shape {tuple(out.shape)} instead of {tuple(reference.shape)}")
+        return _failed(f"{name}: shape {tuple(out.shape)} instead of {tuple(reference.shape)}.")
     if reference.numel() == 0:
         return AccuracyReport(True, "", 0.0, 0.0)
     exact, got, base = reference, out.to(reference.dtype), baseline.to(reference.dtype)
@@ -52,7 +52,7 @@ def compare_floats(
         (exact.isinf() & (got != exact), "is finite where the reference is infinite"),
     ):
         if bad.any():
-            return _failed(f"{name}: {int(bad.sum())} of {bad.numel()} values wrong; {_first(bad)} {what}")
+            return _failed(f"{name}: {int(bad.sum())} of {bad.numel()} values wrong; {_first(bad)} {what}.")
     finite = exact.isfinite()
     exact = exact.masked_fill(~finite, 0.0)
     error, base_error = ((x - exact).masked_fill(~finite, 0.0).abs() for x in (got, base))

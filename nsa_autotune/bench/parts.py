@@ -25,6 +25,7 @@ class Part:
     layout: PackedLayout | None
     positions: Tensor  # [TQ] of the part's queries among its keys
     cut: Callable[[Argument, Tensor], Tensor]
+    where: str = ""  # what its coordinates count, for people
 
     def given(self, spec: KernelSpec, inputs: TrialInputs) -> dict[str, Tensor]:
         """The input tensors of the part by argument name, without index tensors."""
@@ -47,7 +48,9 @@ class _Sequence:
     len_k: int
     cmp: int
 
-    def part(self, problem: Problem, rows: Mapping[str, slice | Tensor], tokens: int, positions: Tensor) -> Part:
+    def part(
+        self, problem: Problem, rows: Mapping[str, slice | Tensor], tokens: int, positions: Tensor, where: str
+    ) -> Part:
         """The batch of one that `rows` (by first symbol of a shape) cut out."""
 
         def cut(argument: Argument, tensor: Tensor) -> Tensor:
@@ -58,7 +61,8 @@ class _Sequence:
 
         seq_q = min(max(positions.numel(), 1), tokens)
         small = problem.replace(batch=1, layout="batched", seq_q=seq_q, seq_k=tokens)
-        return Part(small, None, positions, cut)
+        place = f"batch {self.batch}" if self.batch is not None else f"the sequence at token {self.k}"
+        return Part(small, None, positions, cut, f" Coordinates count {where} of {place}.")
 
 
 def whole(problem: Problem, inputs: TrialInputs, device: torch.device) -> Part:
@@ -120,7 +124,8 @@ def _query_rows(problem: Problem, sequence: _Sequence, picked: list[int], device
             "K": slice(sequence.k, sequence.k + sequence.len_k),
             "C": slice(sequence.cmp, sequence.cmp + num_cmp),
         }
-        yield sequence.part(problem, rows, sequence.len_k, index + (sequence.len_k - sequence.len_q))
+        positions = index + (sequence.len_k - sequence.len_q)
+        yield sequence.part(problem, rows, sequence.len_k, positions, f"queries at positions {positions.tolist()}")
 
 
 def _compressed_rows(problem: Problem, sequence: _Sequence, count: int, device: torch.device) -> Iterator[Part]:
@@ -135,4 +140,5 @@ def _compressed_rows(problem: Problem, sequence: _Sequence, count: int, device: 
             "K": slice(token, token + tokens),
             "C": slice(sequence.cmp + first, sequence.cmp + first + count),
         }
-        yield sequence.part(problem, rows, tokens, torch.arange(tokens, device=device))
+        where = f"compressed rows from {first} on"
+        yield sequence.part(problem, rows, tokens, torch.arange(tokens, device=device), where)

@@ -77,9 +77,10 @@ def measure(run: Run, store: TuningStore, display: TuneDisplay) -> None:
     """Tune every problem on the device."""
     from ..bench.worker import MeasureWorker
     from ..dispatch.fingerprint import current
+    from ..search.ahead import compile_ahead
     from ..search.tuner import tune_problem
 
-    fingerprint = current(run.device).to_dict()
+    here = current(run.device)
     with MeasureWorker(run.device) as worker:
 
         def library(spec: KernelSpec, problem: Problem) -> TrialResult:
@@ -91,11 +92,12 @@ def measure(run: Run, store: TuningStore, display: TuneDisplay) -> None:
                 problem,
                 measurer=worker,
                 store=store,
-                fingerprint=fingerprint,
+                fingerprint=here.to_dict(),
                 budget=budget,
                 progress=display,
                 retune=run.retune,
                 library=library,
+                preparer=compile_ahead(here.capability, run.jobs),
             )
 
 

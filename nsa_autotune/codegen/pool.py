@@ -102,6 +102,8 @@ def compile_many(
     """Outcomes as they come; `specs` holds the spec of every family named by the jobs."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise KernelError("compilation needs the compiler", {"TRITON_INTERPRET": "1"}, "Unset TRITON_INTERPRET.")
+    import triton  # noqa: F401 - imported once here, inherited by every child
+
     waiting = list(reversed(jobs))
     count = min(processes or os.cpu_count() or 1, len(waiting))
     children = [_start(specs, target) for _ in range(count)]

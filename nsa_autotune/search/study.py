@@ -69,6 +69,8 @@ class ConfigSearch:
             config = self._next_neighbour()
         if config is None:
             config = self._ask() or self.space.sample(self._rng, self._seen) or self._next_neighbour()
+        if config is not None:
+            self._seen.add(config_key(config))  # several may be proposed before the first is recorded
         return config
 
     def record(self, config: Config, median_us: float | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from ..bench.result import TrialResult
@@ -37,6 +37,15 @@ class Measurer(Protocol):
     ) -> list[TrialResult]: ...
 
 
+class Preparer(Protocol):
+    """Compiles configs ahead of their measurement, several at once."""
+
+    batch: int  # configs that are worth preparing together
+
+    def prepare(self, spec: KernelSpec, problem: Problem, configs: Sequence[Config]) -> Mapping[str, TrialResult]:
+        """What became of the configs that need not be measured, by config key."""
+
+
 LibraryBaseline = Callable[[KernelSpec, Problem], TrialResult]
 
 
@@ -51,6 +60,7 @@ def tune_problem(
     progress: Progress | None = None,
     retune: bool = False,
     library: LibraryBaseline | None = None,
+    preparer: Preparer | None = None,
     seed: int = 0,
     clock: Callable[[], float] = time.monotonic,
     digest_of: Callable[[KernelSpec], str] = template_digest,
@@ -67,7 +77,7 @@ def tune_problem(
     if winner is not None:
         listener.finish(Outcome("known", spec, problem, winner))
         return winner
-    run = _Tuning(task, measurer, store, listener, budget, retune=retune, seed=seed, clock=clock)
+    run = _Tuning(task, measurer, store, listener, budget, preparer=preparer, retune=retune, seed=seed, clock=clock)
     try:
         run.search_configs()
         winner = run.race_finalists(library)
@@ -89,10 +99,12 @@ class _Tuning:
         progress: Progress,
         budget: Budget,
         *,
+        preparer: Preparer | None,
         retune: bool,
         seed: int,
         clock: Callable[[], float],
     ) -> None:
+        self.preparer = preparer
         self.task, self.measurer, self.store, self.progress = task, measurer, store, progress
         self.records = known_trials(store, task)
         if retune:
@@ -115,14 +127,28 @@ class _Tuning:
 
     def search_configs(self) -> None:
         """Measure proposals until the budget or the space is exhausted."""
+        spec, problem = self.task.spec, self.task.problem
         while not self.meter.exhausted:
-            config = self.search.propose(polish=self.meter.spent >= EXPLORE_SHARE)
-            if config is None:
+            configs = self._proposals()
+            if not configs:
                 return
-            result = self.measurer.measure(self.task.spec.family, self.task.problem, config)
-            self.meter.trials += 1
-            self._keep(self.task.trial(config, result, "search"))
-            self.search.record(config, result.median_us if result.ok else None)
+            refused = self.preparer.prepare(spec, problem, configs) if self.preparer is not None else {}
+            for config in configs:
+                if self.meter.exhausted:
+                    return
+                result = refused.get(config_key(config)) or self.measurer.measure(spec.family, problem, config)
+                self.meter.trials += 1
+                self._keep(self.task.trial(config, result, "search"))
+                self.search.record(config, result.median_us if result.ok else None)
+
+    def _proposals(self) -> list[Config]:
+        """The next configs: one, or as many as are worth preparing together and the budget allows."""
+        count = 1 if self.preparer is None else self.preparer.batch
+        if self.meter.budget.max_trials is not None:
+            count = min(count, self.meter.budget.max_trials - self.meter.trials)
+        polish = self.meter.spent >= EXPLORE_SHARE
+        proposals = (self.search.propose(polish=polish) for _ in range(count))
+        return [config for config in proposals if config is not None]
 
     def race_finalists(self, library: LibraryBaseline | None) -> WinnerRecord | None:
         """Measure the best configs and the default interleaved; the best median of that race wins."""

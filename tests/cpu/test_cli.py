@@ -170,7 +170,7 @@ def test_the_golden_files_are_up_to_date(run: Run) -> None:
 def test_a_wrong_golden_file_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from nsa_autotune.codegen import golden
 
-    monkeypatch.setattr(golden, "check_goldens", lambda: ["golden/a.py: line 3 differs"])
+    monkeypatch.setattr(golden, "check_goldens", lambda specs: ["golden/a.py: line 3 differs"])
     code, _, err = run("render", "--check")
     assert code == 2
     assert "golden/a.py: line 3 differs" in err and "render --write" in err

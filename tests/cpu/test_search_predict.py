@@ -23,6 +23,7 @@ from cpu.search_fakes import (
 
 from nsa_autotune.bench.result import TrialResult
 from nsa_autotune.codegen.compile import Resources
+from nsa_autotune.codegen.target import SHARED_LIMITS_BYTES
 from nsa_autotune.db.store import TuningStore
 from nsa_autotune.dispatch.fingerprint import for_target
 from nsa_autotune.errors import KernelError, UnknownName
@@ -130,6 +131,12 @@ def test_an_h200_differs_by_its_memory() -> None:
     assert (h200.hbm_tbps, h200.mma_tflops) == (4.8, H100.mma_tflops)
     with pytest.raises(UnknownName, match="Did you mean 'cuda:90'"):
         gpu_model("cuda:91")
+
+
+def test_every_target_of_the_compiler_has_a_model() -> None:
+    assert set(GPU_MODELS) == set(SHARED_LIMITS_BYTES)
+    for target, limit in SHARED_LIMITS_BYTES.items():
+        assert programs_per_sm(replace(FITS, shared_bytes=limit), gpu_model(target)) == 1
 
 
 def test_what_does_not_fit_has_no_time() -> None:

@@ -28,10 +28,13 @@ from cpu.search_fakes import (
 )
 
 from nsa_autotune.bench.result import TrialResult
+from nsa_autotune.codegen.render import template_digest
 from nsa_autotune.db.records import TrialRecord, WinnerRecord
 from nsa_autotune.db.store import TuningStore
 from nsa_autotune.errors import InvalidProblem
+from nsa_autotune.kernels import get_spec
 from nsa_autotune.search.budget import Budget
+from nsa_autotune.search.interpret import check_in_interpreter, interpreter_worker
 from nsa_autotune.search.space import config_key
 from nsa_autotune.search.study import ConfigSearch
 from nsa_autotune.search.task import Task, seed_configs
@@ -432,3 +435,19 @@ def test_records_name_their_machine(store: TuningStore) -> None:
     records: list[TrialRecord] = store.trials(fingerprint_digest=digest(FINGERPRINT))
     assert len(records) == 3 + len(store.trials(stage="final"))
     assert {record.kind for record in records} == {"measured"}
+
+
+def test_the_real_worker_checks_and_tunes_a_real_family(store: TuningStore) -> None:
+    """In the interpreter, whose times mean nothing; the way from the proposal to the winner is the one a GPU takes."""
+    spec = get_spec("gate_sum_fwd")
+    with interpreter_worker() as worker:
+        checks = check_in_interpreter(spec, runner=worker, max_cases=1)
+        problem = checks[0].problem
+        winner = tune_problem(
+            spec, problem, measurer=worker, store=store, fingerprint=FINGERPRINT, budget=Budget(max_trials=2)
+        )
+    assert [(check.ok, check.reason) for check in checks] == [(True, "")]
+    assert [record.status for record in store.trials()] == ["ok"] * 4  # two trials, two finalists
+    assert winner is not None and winner.template_digest == template_digest(spec)
+    assert winner.default_config == spec.default_config(problem) and winner.default_median_us is not None
+    assert winner.median_us <= winner.default_median_us
