@@ -105,7 +105,8 @@ def in_chunks(q: Tensor, num_keys: int, positions: Tensor, span: Span, chunk: Ch
             stop = start + len(rows) // 2
             continue
         work = functools.partial(chunk, slice(start, stop), keys, positions[start:stop, None])
-        parts.append(checkpoint(work, use_reentrant=False, preserve_rng_state=False))
+        again = torch.is_grad_enabled()  # recomputing needs torch's checkpoint, which is slow to load
+        parts.append(checkpoint(work, use_reentrant=False, preserve_rng_state=False) if again else work())
         start, stop = stop, stop + 2 * len(rows)
     return tuple(torch.cat(pieces, dim=1) for pieces in zip(*parts, strict=True))
 

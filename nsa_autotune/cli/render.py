@@ -97,6 +97,9 @@ def _goldens(*, write: bool) -> None:
     from ..codegen import golden
     from ..kernels import all_specs
 
+    if not golden.GOLDEN_DIR.is_dir():
+        folder = {"folder": str(golden.GOLDEN_DIR)}
+        raise InvalidInput("golden files are part of a source checkout", folder, "Run this in one, as in make goldens.")
     specs = all_specs().values()
     if write:
         paths = golden.write_goldens(specs)

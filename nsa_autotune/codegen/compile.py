@@ -76,8 +76,15 @@ def meta_arguments(spec: KernelSpec, problem: Problem, scale: float = 0.125) -> 
     return values
 
 
+def need_compiler() -> None:
+    """Raise KernelError where Triton was told to interpret kernels."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise KernelError("compilation needs the compiler", {"TRITON_INTERPRET": "1"}, "Unset TRITON_INTERPRET.")
+
+
 def compile_variant(spec: KernelSpec, problem: Problem, config: Config, target: str = "cuda:90") -> Resources:
     """Compile in this process for `target`; raises KernelError, with template lines, if that or running there fails."""
+    need_compiler()
     goal = parse_target(target)
     rendered = render(spec, problem, config)
     module = load(rendered)

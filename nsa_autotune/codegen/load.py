@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import re
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from types import ModuleType
 
@@ -68,11 +68,27 @@ def load(rendered: Rendered) -> ModuleType:
 
 
 def explain(error: BaseException, rendered: Rendered) -> str:
-    """The error's text with every generated line it names translated to its template line."""
+    """The error's text, then the template line of every generated line that it comes from."""
     text = f"{type(error).__name__}: {error}".strip()
-    numbers = {int(n) for n in re.findall(r"(?:\bat |line |\.py:)(\d+)", text)}
-    notes = [explain_line(rendered.line_map, n) for n in sorted(numbers) if 0 < n <= len(rendered.line_map)]
+    notes = [explain_line(rendered.line_map, number) for number in sorted(_generated_lines(error, rendered))]
     return text + "".join(f"\n  {note}" for note in notes)
+
+
+def _generated_lines(error: BaseException, rendered: Rendered) -> set[int]:
+    """Lines of the generated file that the error or its causes name: in a traceback, or in the compiler's own way."""
+    found: set[int] = set()
+    seen: list[BaseException] = []
+    step: BaseException | None = error
+    while step is not None and step not in seen:
+        seen.append(step)
+        frames = traceback.extract_tb(step.__traceback__)
+        found |= {frame.lineno or 0 for frame in frames if Path(frame.filename).name == source_path(rendered).name}
+        source, line = getattr(step, "src", None), getattr(getattr(step, "node", None), "lineno", None)
+        if isinstance(source, str) and isinstance(line, int):  # the compiler counts from the function's first line
+            start = rendered.source.find(source.split("\n", 1)[0])
+            found.add(rendered.source.count("\n", 0, start) + line if start >= 0 else 0)
+        step = step.__cause__ or step.__context__
+    return {number for number in found if 0 < number <= len(rendered.line_map)}
 
 
 def line_map_of(path: Path) -> list[Origin | None]:

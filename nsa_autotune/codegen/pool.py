@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import InvalidConfig, InvalidProblem, KernelError, NSAError, RenderError
 from ..spec import Config, KernelSpec, Problem
-from .compile import Resources, compile_variant
+from .compile import Resources, compile_variant, need_compiler
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ def _compile(spec: KernelSpec, job: CompileJob, target: str) -> CompileOutcome:
 
 def _serve(pipe: Connection, specs: dict[str, KernelSpec], target: str) -> None:
     """A child's life: take a job, answer, until the parent hangs up."""
+    os.setpgid(0, 0)  # so that the assembler it starts can be ended with it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)  # ptxas prints to the terminal otherwise
@@ -86,8 +87,11 @@ def _start(specs: dict[str, KernelSpec], target: str) -> _Child:
 
 
 def _stop(child: _Child) -> None:
-    with suppress(ProcessLookupError):
-        child.process.kill()
+    with suppress(ProcessLookupError, PermissionError):
+        os.setpgid(child.process.pid, child.process.pid)  # it may not have come to that itself
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.process.pid, signal.SIGKILL)  # the assembler too
+    child.process.kill()
     child.process.join()
     child.pipe.close()
 
@@ -100,8 +104,7 @@ def compile_many(
     timeout_s: float = 60.0,
 ) -> Iterator[CompileOutcome]:
     """Outcomes as they come; `specs` holds the spec of every family named by the jobs."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise KernelError("compilation needs the compiler", {"TRITON_INTERPRET": "1"}, "Unset TRITON_INTERPRET.")
+    need_compiler()
     import triton  # noqa: F401 - imported once here, inherited by every child
 
     waiting = list(reversed(jobs))

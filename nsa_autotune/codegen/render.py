@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import traceback
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -73,6 +74,16 @@ def template_digest(spec: KernelSpec) -> str:
         raise RenderError("a family needs its template", {"file": error.filename}, "Reinstall nsa_autotune.") from error
 
 
+def _where(error: jinja2.TemplateError, template: str) -> dict[str, object]:
+    """Template and line of an error: its own, or the innermost template frame of its traceback."""
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return {"template": error.name or template, "line": error.lineno}
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(".j2")]
+    if not frames:
+        return {"template": template}
+    return {"template": Path(frames[-1].filename).name, "line": frames[-1].lineno}
+
+
 def compile_options(config: Config) -> dict[str, Value]:
     """The part of a config that Triton's compiler takes; maxnreg=0 means no cap."""
     return {name: config[name] for name in COMPILE_OPTIONS if config.get(name)}
@@ -103,8 +114,7 @@ def render(spec: KernelSpec, problem: Problem, config: Config) -> Rendered:
             )
         )
     except jinja2.TemplateError as error:
-        where = {"template": getattr(error, "name", None) or spec.template, "line": getattr(error, "lineno", None)}
-        raise RenderError(f"{spec.family} does not render: {error.message}", where) from error
+        raise RenderError(f"{spec.family} does not render: {error.message}", _where(error, spec.template)) from error
     source, line_map = take_marks(text)
     try:
         ast.parse(source)

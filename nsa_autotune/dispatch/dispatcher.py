@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from ..codegen.load import explain, load
 from ..codegen.render import render, template_digest
+from ..config import NSAConfig
 from ..errors import KernelError, NotTuned, NSAError
 from ..spec import Config, KernelSpec, Problem
 from .fingerprint import Fingerprint, current
@@ -77,7 +78,7 @@ class Dispatcher:
             plan = self._load(spec, problem, choice.config)
             plan(**tensors)
         except (NSAError, RuntimeError) as error:
-            if choice.step is Step.DEFAULT:
+            if self.strict or choice.step is Step.DEFAULT:
                 raise
             logger.warning(
                 "%s: the %s does not run here, using the default config: %s", spec.family, choice.step, error
@@ -135,8 +136,12 @@ def tune_command(spec: KernelSpec, problem: Problem) -> str:
         f"--d-v {problem.d_v}",
         f"--dtype {problem.dtype}",
     ]
+    if "batch" in spec.problem_fields and problem.batch != 1:
+        parts.append(f"--batch {problem.batch}")
     if problem.layout != "batched":
         parts.append(f"--layout {problem.layout}")
     if "locality" in spec.problem_fields:
         parts.append(f"--locality {problem.locality:g}")
+    wanted, usual = problem.nsa.to_dict(), NSAConfig().to_dict()
+    parts += [f"--nsa {name}={wanted[name]}" for name in spec.nsa_fields if wanted[name] != usual[name]]
     return " ".join(parts)

@@ -9,6 +9,8 @@ from ..layout import PackedLayout
 from ..spec import ELEMENT_BYTES, Argument, Config, Constraint, Cost, KernelSpec, Param, Problem, ProblemRule, Value
 from . import _common as c
 
+POWERS_TO_128 = (1, 2, 4, 8, 16, 32, 64, 128)  # strides a selection block; a tile of keys holds whole ones
+
 ARGUMENTS = (
     Argument("q", ("Q", "HQ", "D_QK")),
     Argument("k", ("C", "H", "D_QK")),
@@ -150,7 +152,9 @@ SPEC = KernelSpec(
     rules=(
         *c.ATTENTION_RULES,
         *c.SELECTION_RULES,
-        ProblemRule("l'/d must be a power of two", lambda p: ratio(p) & (ratio(p) - 1) == 0, "Choose d = l'/4, say."),
+        ProblemRule(
+            "l'/d must be a power of two of at most 128", lambda p: ratio(p) in POWERS_TO_128, "Choose d = l'/4, say."
+        ),
     ),
     defaults=defaults,
     cost=cost,

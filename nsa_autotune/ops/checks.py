@@ -107,7 +107,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: Tensor) -> None:
 
 
 def readable(x: Tensor) -> Tensor:
-    """x if kernels can read it in place: rows of whole heads, 16-byte aligned; else a contiguous copy."""
+    """x if kernels can read it in place: rows of whole heads, 16-byte aligned; else a copy."""
     size = x.element_size()
     in_place = (
         x.stride(-1) == 1
@@ -117,4 +117,4 @@ def readable(x: Tensor) -> Tensor:
         and x.data_ptr() % ALIGNMENT_BYTES == 0
         and (x.ndim == 3 or x.shape[0] == 1 or (x.stride(0) % x.stride(1) == 0 and x.stride(0) >= x.stride(1)))
     )
-    return x if in_place else x.contiguous()
+    return x if in_place else x.clone(memory_format=torch.contiguous_format)  # contiguous() would keep a bad base

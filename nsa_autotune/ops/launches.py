@@ -28,8 +28,8 @@ def launch_compress(
     x = checks.readable(x)
     count = config.num_compressed(x.shape[1]) if layout is None else layout.num_cmp_rows
     out = x.new_empty((*x.shape[:-3], count, *x.shape[-2:]))
-    if out.numel() == 0:
-        return out
+    if out.numel() == 0 or x.numel() == 0:
+        return out.zero_()
     tensors = {"x": x, "out": out, **rows(layout, "cmp_source")}
     family, hidden = "cmp_pool_fwd", 128
     if weights:

@@ -176,6 +176,14 @@ def test_a_wrong_golden_file_is_named(run: Run, monkeypatch: pytest.MonkeyPatch)
     assert "golden/a.py: line 3 differs" in err and "render --write" in err
 
 
+def test_goldens_need_a_checkout(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("nsa_autotune.codegen.golden.GOLDEN_DIR", tmp_path / "missing")
+    for option in ("--check", "--write"):
+        code, _, err = run("render", option)
+        assert code == 2 and "source checkout" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_query_as_json_and_csv(run: Run, database: str) -> None:
     code, out, _ = run("db", "query", "--db", database, "--format", "json")
     rows = json.loads(out)

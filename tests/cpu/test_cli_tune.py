@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -13,12 +12,13 @@ from nsa_autotune.cli import tune as tune_command
 from nsa_autotune.cli import tune_run
 from nsa_autotune.cli.app import main
 from nsa_autotune.db.store import TuningStore
+from nsa_autotune.dispatch.fingerprint import Fingerprint
 from nsa_autotune.kernels import all_specs, get_spec
 from nsa_autotune.search.budget import NAMED_BUDGETS, Budget
 from nsa_autotune.spec import Config, Problem
 
 FINGERPRINT = {"gpu": "Test GPU", "capability": "9.0", "driver": "1", "cuda": "13.0", "torch": "2.11", "triton": "3.6"}
-COMMAND = ("tune", "--families", "gate_sum_fwd", "--seq", "1k,2k", "--trials", "6")
+COMMAND = ("tune", "--families", "gate_sum_fwd", "--seq", "1k,2k", "--trials", "6", "--jobs", "1")
 
 
 class FakeWorker:
@@ -61,7 +61,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> type[FakeWorker]:
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("nsa_autotune.bench.worker.MeasureWorker", Worker)
-    fingerprint = SimpleNamespace(to_dict=lambda: dict(FINGERPRINT))
+    fingerprint = Fingerprint(**FINGERPRINT)
     monkeypatch.setattr("nsa_autotune.dispatch.fingerprint.current", lambda device: fingerprint)
     return Worker
 

@@ -1,0 +1,133 @@
+"""Claim: the forward of Native Sparse Attention on tuned kernels is faster than dense attention at long contexts.
+
+Measures what `nsa-autotune bench` measures and writes `results/<date>-<gpu>-forward.md` and `.json` beside this file.
+With --module also NativeSparseAttention with its projections, learned compression and keys and values of every branch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from nsa_autotune import NativeSparseAttention
+from nsa_autotune.bench.timing import Fn
+from nsa_autotune.cli.bench import LOCALITIES, PRESET, ROUNDS, json_text, plan_work, say, show
+from nsa_autotune.cli.bench_entries import MEAN_FORWARD, Bench, Entry, cost_of
+from nsa_autotune.cli.bench_report import Report, markdown
+from nsa_autotune.cli.bench_run import Extra, run
+from nsa_autotune.cli.console import errors, write_text
+from nsa_autotune.cli.options import ProblemChoice, split
+from nsa_autotune.dispatch.dispatcher import Dispatcher
+from nsa_autotune.errors import NSAError
+from nsa_autotune.spec import ELEMENT_BYTES, Cost, Problem
+
+RESULTS = Path(__file__).parent / "results"
+MLP_FORWARD = ("cmp_mlp_fwd", *MEAN_FORWARD[1:])
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure, print and write; 0 if everything of ours ran, 2 after a mistake."""
+    options = parse(arguments)
+    options.folder.mkdir(parents=True, exist_ok=True)  # fail before measuring, not after
+    command = shlex.join(["python", "benchmarks/forward.py", *arguments])
+    localities = tuple(split([options.locality]))
+    extras: list[Extra] = [partial(module_entry, hidden_size=options.hidden_size)] if options.module else []
+    try:
+        choices = (ProblemChoice(preset, options.seq, localities=localities) for preset in split([options.preset]))
+        plan = plan_work(problem for choice in choices for problem in choice.problems(PRESET))
+        report = run(
+            plan,
+            device=options.device,
+            db=options.db,
+            untuned=options.untuned,
+            rounds=options.rounds,
+            command=command,
+            extras=extras,
+            say=say,
+        )
+        show(report)
+        for path in write_results(report, options.folder):
+            print(path)
+    except NSAError as error:
+        errors().print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        return 2
+    return int(any(row.failed for row in report.rows))
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options; all have defaults."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default=PRESET, help="one or more, with commas between them")
+    parser.add_argument("--seq", default="8k,32k,64k")
+    parser.add_argument("--locality", default=",".join(LOCALITIES))
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--db", default=None)
+    parser.add_argument("--untuned", action="store_true", help="default configs only")
+    parser.add_argument("--module", action="store_true", help="also the module with its projections")
+    parser.add_argument("--hidden-size", type=int, default=4096, help="of the module")
+    parser.add_argument("--folder", type=Path, default=RESULTS)
+    return parser.parse_args(arguments)
+
+
+def write_results(report: Report, folder: Path) -> list[Path]:
+    """The dated page and the JSON behind it; returns their paths."""
+    date, gpu = report.created[:10], report.fingerprint["gpu"]
+    stem = f"{date}-{gpu_slug(gpu)}-forward"
+    texts = {
+        folder / f"{stem}.md": markdown(report, f"Forward on {gpu}, {date}"),
+        folder / f"{stem}.json": json_text(report),
+    }
+    for path, text in texts.items():
+        write_text(path, text)
+    return list(texts)
+
+
+def gpu_slug(name: str) -> str:
+    """`NVIDIA H100 80GB HBM3` as h100-80gb-hbm3."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower().removeprefix("nvidia ")).strip("-")
+
+
+def module_entry(bench: Bench, problem: Problem, *, hidden_size: int) -> Entry:
+    """The whole module on random tokens, timed beside the whole forward."""
+    dispatcher = bench.make_dispatcher(None)
+    prepare = partial(module_call, problem, hidden_size, dispatcher, bench.device)
+    name = f"module, hidden size {hidden_size}"
+    return Entry(name, "module", problem, None, module_cost(problem, hidden_size), prepare, dispatcher)
+
+
+def module_call(problem: Problem, hidden_size: int, dispatcher: Dispatcher, device: torch.device) -> Fn:
+    """A forward of NativeSparseAttention with random weights."""
+    dtype = getattr(torch, problem.dtype)
+    module = NativeSparseAttention(
+        hidden_size,
+        problem.num_q_heads,
+        problem.num_kv_heads,
+        problem.d_qk,
+        problem.d_v,
+        config=problem.nsa,
+        phi_hidden=problem.phi_hidden,
+        dispatcher=dispatcher,
+    )
+    module = module.to(device, dtype).requires_grad_(False)
+    return partial(module, torch.randn(problem.batch, problem.seq_q, hidden_size, device=device, dtype=dtype))
+
+
+def module_cost(problem: Problem, hidden_size: int) -> Cost:
+    """The branches and the projections; rotary and gates' sigmoid are left out."""
+    inner, p = cost_of(MLP_FORWARD, problem), problem
+    width = p.num_q_heads * (p.d_qk + p.d_v + 3) + 3 * p.num_kv_heads * (p.d_qk + p.d_v)  # of all projections
+    tokens = p.batch * p.seq_q
+    moved = ELEMENT_BYTES[p.dtype] * (hidden_size * width + tokens * (2 * hidden_size + width))
+    return Cost(inner.flops + 2.0 * tokens * hidden_size * width, inner.bytes_moved + moved)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
