@@ -104,9 +104,9 @@ def launch_combine(gates: Tensor, *outputs: Tensor, dispatcher: Dispatcher | Non
     out = torch.empty_like(o_cmp)
     if out.numel() == 0:
         return out
-    flat = o_cmp.view(1, -1, *o_cmp.shape[-2:])  # the kernel sees tokens, not batches
+    tokens = o_cmp if o_cmp.ndim == 4 else o_cmp[None]  # packed or not makes no difference here
     tensors = {"o_cmp": o_cmp, "o_slc": o_slc, "o_win": o_win, "gates": gates.contiguous(), "out": out}
-    problem = partial(serve.describe, flat, flat, NSAConfig(), None, seq_k=flat.shape[1], d_v=flat.shape[-1])
-    shape = (tuple(flat.shape), out.dtype)
+    problem = partial(serve.describe, tokens, tokens, NSAConfig(), None, seq_k=tokens.shape[1], d_v=tokens.shape[-1])
+    shape = (tuple(tokens.shape), out.dtype)
     serve.launch(dispatcher, kernels.get_spec("gate_sum_fwd"), shape, problem, tensors, out.device)
     return out
