@@ -138,8 +138,13 @@ def tune_command(spec: KernelSpec, problem: Problem) -> str:
     ]
     if "batch" in spec.problem_fields and problem.batch != 1:
         parts.append(f"--batch {problem.batch}")
+    if problem.batch != 1:
+        parts.append(f"--batch {problem.batch}")
     if problem.layout != "batched":
         parts.append(f"--layout {problem.layout}")
+    usual = NSAConfig().to_dict()
+    changed = {name: value for name, value in problem.nsa.to_dict().items() if value != usual[name]}
+    parts += [f"--nsa {name}={value}" for name, value in changed.items()]
     if "locality" in spec.problem_fields:
         parts.append(f"--locality {problem.locality:g}")
     wanted, usual = problem.nsa.to_dict(), NSAConfig().to_dict()

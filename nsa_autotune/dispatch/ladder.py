@@ -65,7 +65,7 @@ def distance(spec: KernelSpec, problem: Problem, key: str) -> float:
             total += abs(value - tuned[name])
         elif value != tuned[name]:
             total += 4.0
-    if "num_q_heads" in wanted:
+    if {"num_q_heads", "num_kv_heads"} <= wanted.keys():
         group = wanted["num_q_heads"] / wanted["num_kv_heads"]
         total += 2 * abs(math.log2(group * tuned["num_kv_heads"] / tuned["num_q_heads"]))
     return total

@@ -26,12 +26,12 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def chunks(width: int) -> list[dict[str, int]]:
-    """A head dim as power-of-two chunks, largest first: 192 -> 128 + 64."""
+def chunks(width: int, largest: int = 256) -> list[dict[str, int]]:
+    """A head dim as power-of-two chunks of at most `largest`, largest first: 192 -> 128 + 64."""
     parts: list[dict[str, int]] = []
     offset = 0
     while offset < width:
-        size = 1 << ((width - offset).bit_length() - 1)
+        size = min(largest, 1 << ((width - offset).bit_length() - 1))
         parts.append({"i": len(parts), "offset": offset, "size": size})
         offset += size
     return parts

@@ -12,13 +12,18 @@ from ..spec import ELEMENT_BYTES, Argument, Config, Constraint, Cost, KernelSpec
 from . import _common as c
 
 
+def _chunks(problem: Problem) -> list[dict[str, int]]:
+    """Chunks of the head dim; halved where a float32 tile of W1 would not fit in shared memory."""
+    return c.chunks(problem.d_qk, 128 if problem.dtype == "float32" else 256)
+
+
 def structure(problem: Problem, config: Config) -> dict[str, Any]:
     """Structural switches."""
     return {
         "dtype": problem.dtype,
         "packed": problem.layout == "packed",
-        "chunks": c.chunks(problem.d_qk),
-        "num_parts": len(c.chunks(problem.d_qk)),
+        "chunks": _chunks(problem),
+        "num_parts": len(_chunks(problem)),
         "dot_precision": c.dot_precision(problem),
     }
 
@@ -64,12 +69,12 @@ def run_reference(
 
 
 def _registers_fit(problem: Problem, config: Config) -> bool:
-    rows, width = int(config["BLOCK_C"]), problem.phi_hidden + c.chunks(problem.d_qk)[0]["size"]
+    rows, width = int(config["BLOCK_C"]), problem.phi_hidden + _chunks(problem)[0]["size"]
     return rows * width / (32 * int(config["num_warps"])) <= c.MAX_THREAD_REGISTERS
 
 
 def _tiles_fit(problem: Problem, config: Config) -> bool:
-    stages, chunk = max(int(config["num_stages"]) - 1, 1), c.chunks(problem.d_qk)[0]["size"]
+    stages, chunk = max(int(config["num_stages"]) - 1, 1), _chunks(problem)[0]["size"]
     tile = chunk * (int(config["BLOCK_C"]) + problem.phi_hidden) * ELEMENT_BYTES[problem.dtype]
     return stages * tile <= c.SHARED_LIMIT_BYTES
 

@@ -110,6 +110,17 @@ def _columns_fit(problem: Problem, config: Config) -> bool:
     return int(config["BLOCK_J"]) >= c.next_power_of_2(problem.nsa.num_selected)
 
 
+def _scores_fit(problem: Problem, config: Config) -> bool:
+    scores = c.block_m(problem, config) * int(config["BLOCK_N"])
+    return scores / (32 * int(config["num_warps"])) <= c.MAX_THREAD_REGISTERS
+
+
+def _keys_fit(problem: Problem, config: Config) -> bool:
+    """Values are not read, and d_v is not in the key."""
+    tile = int(config["BLOCK_N"]) * problem.d_qk * ELEMENT_BYTES[problem.dtype]
+    return max(int(config["num_stages"]) - 1, 1) * tile <= c.SHARED_LIMIT_BYTES
+
+
 SPEC = KernelSpec(
     family="slc_select_fwd",
     doc="importance of the selection blocks and the n best",
@@ -144,8 +155,8 @@ SPEC = KernelSpec(
             lambda p, config: int(config["BLOCK_N"]) % ratio(p) == 0,
         ),
         Constraint("BLOCK_J must hold num_selected (n) candidates", _columns_fit),
-        c.ACCUMULATORS_FIT,
-        c.TILES_FIT,
+        Constraint("one tile of scores must fit in 240 registers a thread", _scores_fit),
+        Constraint("pipelined key tiles must fit in 227 KiB of shared memory", _keys_fit),
         c.TMA_16_BIT,
         c.REGISTER_CAP_FITS,
     ),
