@@ -136,8 +136,6 @@ def tune_command(spec: KernelSpec, problem: Problem) -> str:
         f"--d-v {problem.d_v}",
         f"--dtype {problem.dtype}",
     ]
-    if "batch" in spec.problem_fields and problem.batch != 1:
-        parts.append(f"--batch {problem.batch}")
     if problem.batch != 1:
         parts.append(f"--batch {problem.batch}")
     if problem.layout != "batched":
@@ -147,6 +145,4 @@ def tune_command(spec: KernelSpec, problem: Problem) -> str:
     parts += [f"--nsa {name}={value}" for name, value in changed.items()]
     if "locality" in spec.problem_fields:
         parts.append(f"--locality {problem.locality:g}")
-    wanted, usual = problem.nsa.to_dict(), NSAConfig().to_dict()
-    parts += [f"--nsa {name}={wanted[name]}" for name in spec.nsa_fields if wanted[name] != usual[name]]
     return " ".join(parts)

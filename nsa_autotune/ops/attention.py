@@ -77,6 +77,10 @@ def _layout(
     if cu_seqlens.numel() != cu_seqlens_k.numel():
         values = {"sequences of q": cu_seqlens.numel() - 1, "sequences of k": cu_seqlens_k.numel() - 1}
         raise InvalidInput("queries and keys must be packed from the same sequences", values)
+    if not cu_seqlens.is_cuda and bool((cu_seqlens.diff() > cu_seqlens_k.diff()).any()):
+        offsets = {"cu_seqlens": cu_seqlens.tolist(), "cu_seqlens_k": cu_seqlens_k.tolist()}
+        remedy = "Queries are aligned with the last keys."
+        raise InvalidInput("a sequence must have no more queries than keys", offsets, remedy)
     return packed_layout(cu_seqlens, cu_seqlens_k, q.shape[0], k.shape[0], config)
 
 

@@ -25,7 +25,7 @@ from nsa_autotune.codegen import render as render_module
 from nsa_autotune.codegen.compile import compile_variant, parse_target, shared_limit_bytes
 from nsa_autotune.codegen.golden import structural_configs
 from nsa_autotune.codegen.linemap import explain_line
-from nsa_autotune.codegen.load import explain, line_map_of, load, source_path, write_source
+from nsa_autotune.codegen.load import explain, line_map_of, load, write_source
 from nsa_autotune.codegen.pool import CompileJob, compile_many
 from nsa_autotune.codegen.render import Rendered, compile_options, render, template_digest
 from nsa_autotune.config import NSAConfig
@@ -370,7 +370,7 @@ def test_an_error_inside_launch_is_explained_by_its_template_line(cache: Path, t
 def test_targets_are_known_by_name() -> None:
     assert parse_target("cuda:90").arch == 90 and parse_target("cuda:90").name == "cuda:90"
     assert shared_limit_bytes("cuda:90") == 232_448 and shared_limit_bytes("cuda:80") == 166_912
-    with pytest.raises(UnknownName, match="cuda:75.*Known targets: cuda:80"):
+    with pytest.raises(UnknownName, match=r"cuda:75.*Known targets: cuda:80"):
         parse_target("cuda:75")
 
 

@@ -1,7 +1,7 @@
 """Every family: its data is consistent, and its kernels are right and stay inside their tensors (in the interpreter).
 
-bfloat16 is left to tests/gpu: the interpreter multiplies it wrongly. Shapes are tiny: interpretation takes milliseconds for
-each program and tile.
+bfloat16 is left to tests/gpu: the interpreter multiplies it wrongly. Shapes are tiny: interpretation takes milliseconds
+for each program and tile.
 """
 
 from __future__ import annotations

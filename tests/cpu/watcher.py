@@ -44,7 +44,9 @@ class Watcher:
         if not inside.all():
             stray = int(touched[~inside][0])
             near = min(self.ranges, key=lambda r: min(abs(stray - r[0]), abs(stray - r[1])))
-            raise OutOfBounds(f"{kind} of {(~inside).sum()} addresses outside; {stray - near[1]} bytes past a tensor's end")
+            raise OutOfBounds(
+                f"{kind} of {(~inside).sum()} addresses outside; {stray - near[1]} bytes past a tensor's end"
+            )
 
 
 @contextmanager

@@ -1,0 +1,57 @@
+"""Put the winners of one GPU into the repository: tuning_db/<arch>.jsonl, and readable sources beside the golden files.
+
+    python scripts/ship_winners.py --gpu "NVIDIA H200" [--db URL] [--min-heads 16]
+
+Only winners of the templates as they are now are taken; review both outputs with git diff before a commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from nsa_autotune.codegen.golden import WINNERS_DIR, write_winner
+from nsa_autotune.codegen.render import template_digest
+from nsa_autotune.db import TuningStore, WinnerRecord
+from nsa_autotune.kernels import all_specs
+from nsa_autotune.spec import Problem
+
+TUNING_DB = Path(__file__).resolve().parents[1] / "tuning_db"
+
+
+def current_winners(store: TuningStore, gpu: str, min_heads: int) -> list[WinnerRecord]:
+    """Winners of one GPU whose template has not changed since, toy problems left out."""
+    digests = {family: template_digest(spec) for family, spec in all_specs().items()}
+    found = store.winners(gpu=gpu)
+    return [w for w in found if digests.get(w.family) == w.template_digest and w.problem["num_q_heads"] >= min_heads]
+
+
+def main() -> int:
+    """Write the files and say how many winners they hold."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", required=True, help="the GPU's name, in full")
+    parser.add_argument("--db", help="URL of the database; the default one if none")
+    parser.add_argument("--min-heads", type=int, default=16, help="leave smaller problems out")
+    arguments = parser.parse_args()
+    with TuningStore(arguments.db) as store:
+        winners = current_winners(store, arguments.gpu, arguments.min_heads)
+    if not winners:
+        print(f"no current winner of {arguments.gpu!r} in {arguments.db or 'the default database'}", file=sys.stderr)
+        return 1
+    arch = f"sm_{winners[0].fingerprint['capability'].replace('.', '')}"
+    with TuningStore("sqlite://", import_shipped=False) as only:
+        for winner in winners:
+            only.set_winner(winner)
+        only.export_jsonl(TUNING_DB / f"{arch}.jsonl", records=("winner",))
+    for old in (WINNERS_DIR / arch).glob("*.py"):
+        old.unlink()
+    for winner in winners:
+        spec, problem = all_specs()[winner.family], Problem.from_dict(winner.problem)
+        write_winner(spec, problem, winner.config, arch)
+    print(f"{len(winners)} winners of {arguments.gpu} in tuning_db/{arch}.jsonl, sources in {WINNERS_DIR / arch}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

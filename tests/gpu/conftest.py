@@ -1,0 +1,63 @@
+"""GPU tests run alone (`make test-gpu`), on one device, in about three minutes; the compilers run first, in parallel.
+
+They are skipped without a CUDA device. Kernels are compiled by child processes before this process touches the GPU
+(forking is safe until then); the tests find the binaries in Triton's cache.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from gpu.cases import all_jobs
+
+from nsa_autotune.codegen.pool import CompileOutcome, compile_many
+from nsa_autotune.dispatch.dispatcher import Dispatcher
+from nsa_autotune.kernels import all_specs
+from nsa_autotune.spec import canonical_json
+
+COMPILERS = 16
+COMPILE_TIMEOUT_S = 180.0
+ASK = "import torch; print('cuda:%d%d' % torch.cuda.get_device_capability())"
+
+Outcomes = dict[str, CompileOutcome]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the marker of tests that need much memory."""
+    config.addinivalue_line("markers", "slow: needs more than 60 GB of free device memory")
+
+
+def job_key(family: str, problem: dict[str, object], config: dict[str, object]) -> str:
+    """Names a job among the outcomes."""
+    return canonical_json([family, problem, config])
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcomes]:
+    """Outcomes of all compilations, by job; Triton's cache is a folder of this run."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("TRITON_CACHE_DIR", os.environ.get("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton"))))
+    target = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, check=True).stdout.strip()
+    processes = min(COMPILERS, os.cpu_count() or 1)
+    outcomes = compile_many(all_specs(), all_jobs(), target, processes, COMPILE_TIMEOUT_S)
+    yield {job_key(o.job.family, o.job.problem, o.job.config): o for o in outcomes}
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def dispatcher(compiled: Outcomes) -> Dispatcher:
+    """Serves default configs; knows no database."""
+    return Dispatcher(None)
+
+
+@pytest.fixture(autouse=True)
+def free_memory() -> Iterator[None]:
+    """Give back what a test leaves in the allocator: some need almost all of it."""
+    yield
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
