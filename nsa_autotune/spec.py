@@ -14,6 +14,7 @@ from .errors import InvalidConfig, InvalidProblem
 SCHEMA_VERSION = 1
 DTYPES = ("bfloat16", "float16", "float32")
 LAYOUTS = ("batched", "packed")
+DEFAULT_LOCALITY = 0.8  # assumed where nobody says: trained models select alike for adjacent tokens
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 Value = int | float | bool | str
@@ -46,7 +47,7 @@ class Problem:
     d_v: int = 128  # D_V
     dtype: str = "bfloat16"
     layout: str = "batched"
-    locality: float = 0.0  # P(a freely chosen block was also chosen by the token before); 0 is random
+    locality: float = DEFAULT_LOCALITY  # P(a freely chosen block was also chosen by the token before); 0 is random
     phi_hidden: int = 128  # width of phi's hidden layer
     nsa: NSAConfig = field(default_factory=NSAConfig)
 

@@ -110,7 +110,7 @@ def render(spec: KernelSpec, problem: Problem, config: Config) -> Rendered:
                 config_json=canonical_json(config),
                 constants=constants,
                 options=compile_options(config),
-                config=config,
+                config={param.name: config[param.name] for param in spec.params},  # in one order always
             )
         )
     except jinja2.TemplateError as error:

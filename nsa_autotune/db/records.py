@@ -7,10 +7,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
-from importlib import metadata
 from numbers import Real
 from typing import Any, ClassVar, Self
 
+from .. import __version__
 from ..errors import NSAError, StoreError
 from ..spec import Problem, digest
 from .checks import TRIAL_RULES, WINNER_RULES, Rule, check_fields
@@ -25,11 +25,8 @@ def utc_now() -> str:
 
 @functools.cache
 def tool_version() -> str:
-    """The installed version of nsa-autotune, or 'source' in a checkout that is not installed."""
-    try:
-        return metadata.version("nsa-autotune")
-    except metadata.PackageNotFoundError:
-        return "source"
+    """The version of nsa-autotune, installed or not."""
+    return __version__
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
+import torch
+
 from ..codegen.load import explain, load
 from ..codegen.render import render, template_digest
 from ..config import NSAConfig
-from ..errors import KernelError, NotTuned, NSAError
-from ..spec import Config, KernelSpec, Problem
+from ..errors import KernelError, NotTuned
+from ..spec import DEFAULT_LOCALITY, Config, KernelSpec, Problem
 from .fingerprint import Fingerprint, current
 from .ladder import Choice, Step, Winner, choose
 
@@ -39,7 +41,7 @@ class Dispatcher:
         source: WinnerSource | None = None,
         *,
         strict: bool = False,
-        locality: float = 0.8,
+        locality: float = DEFAULT_LOCALITY,
         fingerprint: Fingerprint | None = None,
     ) -> None:
         self.strict = strict
@@ -77,7 +79,7 @@ class Dispatcher:
         try:
             plan = self._load(spec, problem, choice.config)
             plan(**tensors)
-        except (NSAError, RuntimeError) as error:
+        except KernelError as error:
             if self.strict or choice.step is Step.DEFAULT:
                 raise
             logger.warning(
@@ -117,6 +119,8 @@ class Dispatcher:
             def launch(**tensors: Any) -> Any:
                 try:
                     return raw(**tensors)
+                except torch.OutOfMemoryError:
+                    raise  # the caller's to mend: no other config would need less
                 except Exception as error:  # the compiler's own errors name generated lines; say which template lines
                     raise KernelError(f"{spec.family} failed: {explain(error, rendered)}") from error
 

@@ -98,6 +98,7 @@ def _step(winner: Winner, key: str, gap: float, here: Fingerprint) -> Step | Non
         if winner.problem_key != key:
             return Step.NEAREST
         return Step.EXACT if dict(winner.fingerprint) == here.to_dict() else Step.OTHER_TOOLCHAIN
-    if winner.fingerprint.get("capability") == here.capability:
+    measured = not str(winner.fingerprint.get("gpu", "")).startswith("target ")  # predictions are not served
+    if measured and winner.fingerprint.get("capability") == here.capability:
         return Step.ARCHITECTURE
     return None

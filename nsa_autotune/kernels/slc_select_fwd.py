@@ -67,7 +67,7 @@ def structure(problem: Problem, config: Config) -> dict[str, Any]:
 def defaults(problem: Problem) -> Config:
     """Half-size tiles and pointer loads: works on every GPU from sm_80 on."""
     return {
-        "BLOCK_T": c.default_block_t(problem, 64),
+        "BLOCK_T": min(16, c.default_block_t(problem, 64)),  # more tokens a tile spill in the top-n
         "BLOCK_N": max(64 if problem.d_qk <= 128 and problem.dtype != "float32" else 32, ratio(problem)),
         "BLOCK_J": max(128, c.next_power_of_2(problem.nsa.num_selected)),
         "swap": False,

@@ -49,7 +49,7 @@ def nsa_attention(
     checks.check_gates(gates, q)
     k_slc, v_slc = _branch("slc", k, v, k_slc, v_slc)
     k_win, v_win = _branch("win", k, v, k_win, v_win)
-    if strict:
+    if strict and (dispatcher is not None or q.is_cuda):  # tensors of the CPU need no database
         dispatcher = (dispatcher or default_dispatcher()).stricter()
     seq_k = k.shape[-3]
 

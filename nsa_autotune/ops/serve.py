@@ -14,7 +14,7 @@ from ..config import NSAConfig
 from ..dispatch.dispatcher import Dispatcher
 from ..errors import StoreError
 from ..layout import PackedLayout
-from ..spec import KernelSpec, Problem
+from ..spec import DEFAULT_LOCALITY, KernelSpec, Problem
 
 logger = logging.getLogger("nsa_autotune")
 
@@ -42,6 +42,7 @@ class _ReferenceBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernel: Callable[..., Any], equation: Callable[..., Any], *tensors: Tensor) -> Any:
         ctx.equation = equation
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         return kernel(*tensors)
 
@@ -86,7 +87,7 @@ def describe(
     *,
     seq_k: int,
     d_v: int,
-    locality: float = 0.0,
+    locality: float = DEFAULT_LOCALITY,
     phi_hidden: int = 128,
 ) -> Problem:
     """The problem behind a call; x is a key tensor [.., T, H, D_QK]."""

@@ -94,7 +94,12 @@ def takes_one_tensor(spec: KernelSpec) -> bool:
 
 
 def tuning_problems(spec: KernelSpec, problem: Problem) -> tuple[Problem, ...]:
-    """The problems to tune so that the family serves `problem`: two for a one-tensor family when d_qk != d_v."""
+    """The problems to tune so that the family serves `problem`: two for a one-tensor family when d_qk != d_v.
+
+    A family to which packing makes no difference sees one long sequence.
+    """
+    if problem.layout == "packed" and "layout" not in spec.problem_fields:
+        problem = problem.replace(layout="batched", batch=1)
     if not takes_one_tensor(spec) or problem.d_qk == problem.d_v:
         return (problem,)
     return tuple(problem.replace(d_qk=dim, d_v=dim) for dim in (problem.d_qk, problem.d_v))

@@ -24,6 +24,12 @@ FAMILY = "win_attn_fwd"
 Run = Callable[..., tuple[int, str, str]]
 
 
+@pytest.fixture(autouse=True)
+def nothing_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Databases hold what a test puts there, whatever the repository ships."""
+    monkeypatch.setattr("nsa_autotune.db.store.shipped_files", dict)
+
+
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """Run one command line: exit code, stdout, stderr."""

@@ -26,7 +26,7 @@ H100 = {
     "triton": "3.6",
 }
 H200 = {**H100, "gpu": "NVIDIA H200"}
-PROBLEM = Problem(seq_q=8192, seq_k=8192)
+PROBLEM = Problem(seq_q=8192, seq_k=8192, locality=0.0)
 
 
 def make_trial(**changes: object) -> TrialRecord:

@@ -44,9 +44,8 @@ class Watcher:
         if not inside.all():
             stray = int(touched[~inside][0])
             near = min(self.ranges, key=lambda r: min(abs(stray - r[0]), abs(stray - r[1])))
-            raise OutOfBounds(
-                f"{kind} of {(~inside).sum()} addresses outside; {stray - near[1]} bytes past a tensor's end"
-            )
+            where = f"byte {stray - near[0]} of a tensor of {near[1] - near[0]} bytes"
+            raise OutOfBounds(f"{kind} of {(~inside).sum()} addresses outside, one at {where}")
 
 
 @contextmanager

@@ -66,9 +66,9 @@ OPTIONS = {
 }
 CONFIG = {
     "BLOCK_C": 16,
-    "maxnreg": 128,
-    "num_stages": 4,
     "num_warps": 4,
+    "num_stages": 4,
+    "maxnreg": 128,
 }
 
 

@@ -74,9 +74,9 @@ OPTIONS = {
 }
 CONFIG = {
     "BLOCK_C": 128,
-    "maxnreg": 0,
-    "num_stages": 2,
     "num_warps": 8,
+    "num_stages": 2,
+    "maxnreg": 0,
 }
 
 

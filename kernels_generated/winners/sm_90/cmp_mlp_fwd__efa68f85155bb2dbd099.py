@@ -66,9 +66,9 @@ OPTIONS = {
 }
 CONFIG = {
     "BLOCK_C": 32,
-    "maxnreg": 128,
-    "num_stages": 3,
     "num_warps": 4,
+    "num_stages": 3,
+    "maxnreg": 128,
 }
 
 

@@ -51,8 +51,8 @@ OPTIONS = {
 }
 CONFIG = {
     "BLOCK_C": 1,
-    "num_stages": 2,
     "num_warps": 1,
+    "num_stages": 2,
 }
 
 

@@ -57,8 +57,8 @@ OPTIONS = {
 }
 CONFIG = {
     "BLOCK_C": 4,
-    "num_stages": 1,
     "num_warps": 4,
+    "num_stages": 1,
 }
 
 

@@ -51,8 +51,8 @@ OPTIONS = {
 }
 CONFIG = {
     "BLOCK_C": 4,
-    "num_stages": 2,
     "num_warps": 4,
+    "num_stages": 2,
 }
 
 

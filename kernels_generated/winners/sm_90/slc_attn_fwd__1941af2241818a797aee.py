@@ -171,14 +171,14 @@ OPTIONS = {
     "maxnreg": 224,
 }
 CONFIG = {
-    "BLOCK_N": 64,
-    "BLOCK_T": 4,
     "loop_order": "union",
-    "maxnreg": 224,
-    "num_stages": 1,
-    "num_warps": 4,
+    "BLOCK_T": 4,
+    "BLOCK_N": 64,
     "swap": False,
     "use_tma": True,
+    "num_warps": 4,
+    "num_stages": 1,
+    "maxnreg": 224,
 }
 
 

@@ -114,14 +114,14 @@ OPTIONS = {
     "maxnreg": 128,
 }
 CONFIG = {
-    "BLOCK_N": 32,
-    "BLOCK_T": 1,
     "loop_order": "query_major",
-    "maxnreg": 128,
-    "num_stages": 2,
-    "num_warps": 1,
+    "BLOCK_T": 1,
+    "BLOCK_N": 32,
     "swap": True,
     "use_tma": True,
+    "num_warps": 1,
+    "num_stages": 2,
+    "maxnreg": 128,
 }
 
 

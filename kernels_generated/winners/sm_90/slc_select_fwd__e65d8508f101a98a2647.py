@@ -157,16 +157,16 @@ OPTIONS = {
     "maxnreg": 128,
 }
 CONFIG = {
-    "BLOCK_J": 128,
-    "BLOCK_N": 64,
     "BLOCK_T": 8,
-    "maxnreg": 128,
-    "num_stages": 1,
-    "num_warps": 4,
-    "programs_per_sm": 4,
-    "split_mask": True,
+    "BLOCK_N": 64,
+    "BLOCK_J": 128,
     "swap": True,
     "use_tma": True,
+    "split_mask": True,
+    "programs_per_sm": 4,
+    "num_warps": 4,
+    "num_stages": 1,
+    "maxnreg": 128,
 }
 
 

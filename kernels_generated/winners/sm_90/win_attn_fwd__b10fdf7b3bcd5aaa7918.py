@@ -140,13 +140,13 @@ OPTIONS = {
     "maxnreg": 128,
 }
 CONFIG = {
-    "BLOCK_N": 64,
     "BLOCK_T": 4,
-    "maxnreg": 128,
-    "num_stages": 1,
-    "num_warps": 4,
-    "split_mask": True,
+    "BLOCK_N": 64,
     "use_tma": True,
+    "split_mask": True,
+    "num_warps": 4,
+    "num_stages": 1,
+    "maxnreg": 128,
 }
 
 
