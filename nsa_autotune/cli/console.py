@@ -51,15 +51,19 @@ def cell_text(value: object) -> str:
     return text.replace("[", "\\[")
 
 
-def problem_text(problem: Mapping[str, Any]) -> str:
-    """A problem's fields on one short line, such as `T 65536 HQ 64 H 4 d 192/128 bfloat16`."""
+def problem_text(problem: Mapping[str, Any], family: str) -> str:
+    """A problem on one short line, such as `T 65536 HQ 64 H 4 d 192/128 bfloat16`; locality only where it counts."""
     dims = f"{problem['d_qk']}" if problem["d_qk"] == problem["d_v"] else f"{problem['d_qk']}/{problem['d_v']}"
     tokens = f"{problem['seq_k']}" if problem["seq_q"] == problem["seq_k"] else f"{problem['seq_q']}/{problem['seq_k']}"
     parts = [f"B {problem['batch']}"] if problem["batch"] != 1 else []
     parts += [f"T {tokens}", f"HQ {problem['num_q_heads']}", f"H {problem['num_kv_heads']}", f"d {dims}"]
     parts += [problem["dtype"]]
     parts += [problem["layout"]] if problem["layout"] != "batched" else []
-    parts += [f"locality {problem['locality']:g}"] if problem["locality"] else []
+    from ..kernels import all_specs  # needs torch, which `--help` does not
+
+    known = all_specs().get(family)
+    if known is not None and "locality" in known.problem_fields:
+        parts.append(f"locality {problem['locality']:g}")
     return " ".join(parts)
 
 

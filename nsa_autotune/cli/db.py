@@ -91,7 +91,7 @@ def query(
         )
     wanted = options.split(columns) or default_columns(chosen, style)
     if style is Format.table:
-        rows = [{"problem": problem_text(row), **row} for row in rows]
+        rows = [{"problem": problem_text(row, row["family"]), **row} for row in rows]
     _check_columns(wanted, rows)
     _print_rows(rows, wanted, style, title=chosen.value)
 

@@ -55,7 +55,8 @@ class TuneDisplay:
         """Reset the bar."""
         self._failed = 0
         number = len(self.outcomes) + 1
-        title = f"{number}/{self._num_problems} {plan.spec.family} {problem_text(plan.problem.to_dict())}"
+        family = plan.spec.family
+        title = f"{number}/{self._num_problems} {family} {problem_text(plan.problem.to_dict(), family)}"
         known = f"{plan.num_known} trials known" if plan.num_known else ""
         self._bar.reset(self._task, description=title, total=1.0, state=known)
 
@@ -75,7 +76,7 @@ class TuneDisplay:
 
 def outcome_lines(outcome: Outcome) -> list[str]:
     """How one problem ended; the reasons too, where it has no winner."""
-    head = f"{outcome.spec.family}  {problem_text(outcome.problem.to_dict())}: "
+    head = f"{outcome.spec.family}  {problem_text(outcome.problem.to_dict(), outcome.spec.family)}: "
     statuses = Counter(dict(outcome.statuses))
     counts = ", ".join(f"{count} {status}" for status, count in outcome.statuses)
     winner = outcome.winner

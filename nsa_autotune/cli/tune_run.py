@@ -148,7 +148,7 @@ def print_winners(display: TuneDisplay) -> bool:
     rows: list[tuple[object, ...]] = []
     for outcome in display.outcomes:
         winner = outcome.winner
-        head = (outcome.spec.family, problem_text(outcome.problem.to_dict()))
+        head = (outcome.spec.family, problem_text(outcome.problem.to_dict(), outcome.spec.family))
         if winner is None:
             rows.append((*head, outcome.kind, None, "", None, ""))
             continue
@@ -175,7 +175,7 @@ def print_predictions(target: str, guesses: Sequence[Guess]) -> bool:
 
 
 def _prediction_row(guess: Guess) -> tuple[object, ...]:
-    head = (guess.spec.family, problem_text(guess.problem.to_dict()), len(guess.ranked))
+    head = (guess.spec.family, problem_text(guess.problem.to_dict(), guess.spec.family), len(guess.ranked))
     if not guess.ranked:
         return (*head, None, None, None, None, "none runs")
     default = guess.spec.default_config(guess.problem)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..spec import ELEMENT_BYTES, Argument, Config, Constraint, Param, Problem, ProblemRule
+from ..spec import ELEMENT_BYTES, Argument, Config, Constraint, Param, Problem, ProblemRule, Value
 
 SHARED_LIMIT_BYTES = 232_448  # largest dynamic shared memory of any supported GPU (sm_90, sm_100)
 MAX_THREAD_REGISTERS = 240  # of 255, some are needed for addresses
@@ -126,6 +126,53 @@ REGISTER_CAP_FITS = Constraint(
     "a register cap must leave a program's registers within the 65536 of a multiprocessor",
     lambda p, c: int(c["maxnreg"]) * 32 * int(c["num_warps"]) <= 65536,
 )
+
+
+TILE_PARAMS = (
+    Param("BLOCK_T", (1, 2, 4, 8, 16, 32, 64, 128), "query tokens a tile"),
+    Param("BLOCK_N", (16, 32, 64, 128), "keys a tile"),
+)
+TILE_CONSTRAINTS = (ROWS_16_TO_128, NO_IDLE_TOKENS, ACCUMULATORS_FIT, TILES_FIT, TMA_16_BIT, REGISTER_CAP_FITS)
+
+
+def attention_arguments(keys: str, start: str, *extra: Argument) -> tuple[Argument, ...]:
+    """Arguments of an attention family; symbol `keys` counts its keys, index tensor `start` tells where they begin."""
+    return (
+        Argument("q", ("Q", "HQ", "D_QK")),
+        Argument("k", (keys, "H", "D_QK")),
+        Argument("v", (keys, "H", "D_V")),
+        *extra,
+        Argument("o", ("Q", "HQ", "D_V"), fill="out"),
+        Argument("lse", ("Q", "HQ"), "float32", fill="out"),
+        PACKED_ARGUMENTS["q_pos"],
+        PACKED_ARGUMENTS[start],
+    )
+
+
+def tile_constants(problem: Problem, config: Config) -> dict[str, Value]:
+    """tl.constexpr values that all attention kernels take."""
+    return {
+        "D_QK": problem.d_qk,
+        "D_V": problem.d_v,
+        "G": problem.group_size,
+        "BLOCK_G": block_g(problem, config),
+        "BLOCK_T": config["BLOCK_T"],
+        "BLOCK_N": config["BLOCK_N"],
+    }
+
+
+def range_defaults(problem: Problem, *, split_mask: bool) -> Config:
+    """Half-size tiles and pointer loads, for attention over a range of keys: works on every GPU from sm_80 on."""
+    wide = problem.d_qk + problem.d_v > 256 or problem.dtype == "float32"
+    return {
+        "BLOCK_T": default_block_t(problem, 64),
+        "BLOCK_N": 32 if wide else 64,
+        "use_tma": False,
+        "split_mask": split_mask,
+        "num_warps": 4,
+        "num_stages": 2,
+        "maxnreg": 0,
+    }
 
 
 def total_positions(problem: Problem) -> float:

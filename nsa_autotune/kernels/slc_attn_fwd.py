@@ -9,27 +9,11 @@ from ..layout import PackedLayout
 from ..spec import ELEMENT_BYTES, Argument, Config, Constraint, Cost, KernelSpec, Param, Problem, Value
 from . import _common as c
 
-ARGUMENTS = (
-    Argument("q", ("Q", "HQ", "D_QK")),
-    Argument("k", ("K", "H", "D_QK")),
-    Argument("v", ("K", "H", "D_V")),
-    Argument("blocks", ("Q", "H", "N"), "int32", fill="blocks"),
-    Argument("o", ("Q", "HQ", "D_V"), fill="out"),
-    Argument("lse", ("Q", "HQ"), "float32", fill="out"),
-    c.PACKED_ARGUMENTS["q_pos"],
-    c.PACKED_ARGUMENTS["k_start"],
-)
-
 
 def constants(problem: Problem, config: Config) -> dict[str, Value]:
     """tl.constexpr values of the kernel."""
     return {
-        "D_QK": problem.d_qk,
-        "D_V": problem.d_v,
-        "G": problem.group_size,
-        "BLOCK_G": c.block_g(problem, config),
-        "BLOCK_T": config["BLOCK_T"],
-        "BLOCK_N": config["BLOCK_N"],
+        **c.tile_constants(problem, config),
         "N": problem.nsa.num_selected,
         "N_POW2": c.next_power_of_2(problem.nsa.num_selected),
         "SELECT_BLOCK": problem.nsa.select_block_size,
@@ -85,7 +69,7 @@ def run_reference(
 SPEC = KernelSpec(
     family="slc_attn_fwd",
     doc="attention over the selected blocks and its log-sum-exp",
-    arguments=ARGUMENTS,
+    arguments=c.attention_arguments("K", "k_start", Argument("blocks", ("Q", "H", "N"), "int32", fill="blocks")),
     scalars=("scale",),
     problem_fields=(
         "batch",
@@ -113,8 +97,7 @@ SPEC = KernelSpec(
         c.MAXNREG,
     ),
     constraints=(
-        c.ROWS_16_TO_128,
-        c.NO_IDLE_TOKENS,
+        *c.TILE_CONSTRAINTS,
         Constraint(
             "query_major takes one token a tile, union two or more",
             lambda p, config: (config["loop_order"] == "union") == (int(config["BLOCK_T"]) > 1),
@@ -123,10 +106,6 @@ SPEC = KernelSpec(
             "BLOCK_N must divide select_block_size (l')",
             lambda p, config: p.nsa.select_block_size % int(config["BLOCK_N"]) == 0,
         ),
-        c.ACCUMULATORS_FIT,
-        c.TILES_FIT,
-        c.TMA_16_BIT,
-        c.REGISTER_CAP_FITS,
     ),
     rules=(*c.ATTENTION_RULES, *c.SELECTION_RULES),
     defaults=defaults,

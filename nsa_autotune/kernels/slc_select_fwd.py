@@ -136,8 +136,7 @@ SPEC = KernelSpec(
         "num_local",
     ),
     params=(
-        Param("BLOCK_T", (1, 2, 4, 8, 16, 32, 64, 128), "query tokens a tile"),
-        Param("BLOCK_N", (16, 32, 64, 128), "compressed keys a tile"),
+        *c.TILE_PARAMS,
         Param("BLOCK_J", (32, 64, 128, 256), "selection blocks a step of the top-n"),
         c.SWAP,
         c.USE_TMA,

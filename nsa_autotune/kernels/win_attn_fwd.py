@@ -2,48 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from .. import reference
 from ..layout import PackedLayout
-from ..spec import ELEMENT_BYTES, Argument, Config, Cost, KernelSpec, Param, Problem, Value
+from ..spec import ELEMENT_BYTES, Config, Cost, KernelSpec, Problem, Value
 from . import _common as c
-
-ARGUMENTS = (
-    Argument("q", ("Q", "HQ", "D_QK")),
-    Argument("k", ("K", "H", "D_QK")),
-    Argument("v", ("K", "H", "D_V")),
-    Argument("o", ("Q", "HQ", "D_V"), fill="out"),
-    Argument("lse", ("Q", "HQ"), "float32", fill="out"),
-    c.PACKED_ARGUMENTS["q_pos"],
-    c.PACKED_ARGUMENTS["k_start"],
-)
 
 
 def constants(problem: Problem, config: Config) -> dict[str, Value]:
     """tl.constexpr values of the kernel."""
     return {
-        "D_QK": problem.d_qk,
-        "D_V": problem.d_v,
-        "G": problem.group_size,
-        "BLOCK_G": c.block_g(problem, config),
-        "BLOCK_T": config["BLOCK_T"],
-        "BLOCK_N": config["BLOCK_N"],
+        **c.tile_constants(problem, config),
         "WINDOW": problem.nsa.window_size,
-    }
-
-
-def defaults(problem: Problem) -> Config:
-    """Half-size tiles and pointer loads: works on every GPU from sm_80 on."""
-    wide = problem.d_qk + problem.d_v > 256 or problem.dtype == "float32"
-    return {
-        "BLOCK_T": c.default_block_t(problem, 64),
-        "BLOCK_N": 32 if wide else 64,
-        "use_tma": False,
-        "split_mask": False,
-        "num_warps": 4,
-        "num_stages": 2,
-        "maxnreg": 0,
     }
 
 
@@ -77,29 +49,21 @@ def run_reference(
 SPEC = KernelSpec(
     family="win_attn_fwd",
     doc="sliding-window attention and its log-sum-exp",
-    arguments=ARGUMENTS,
+    arguments=c.attention_arguments("K", "k_start"),
     scalars=("scale",),
     problem_fields=("batch", "seq_q", "seq_k", "num_q_heads", "num_kv_heads", "d_qk", "d_v", "dtype", "layout"),
     nsa_fields=("window_size",),
     params=(
-        Param("BLOCK_T", (1, 2, 4, 8, 16, 32, 64, 128), "query tokens a tile"),
-        Param("BLOCK_N", (16, 32, 64, 128), "keys a tile"),
+        *c.TILE_PARAMS,
         c.USE_TMA,
         c.SPLIT_MASK,
         c.NUM_WARPS,
         c.NUM_STAGES,
         c.MAXNREG,
     ),
-    constraints=(
-        c.ROWS_16_TO_128,
-        c.NO_IDLE_TOKENS,
-        c.ACCUMULATORS_FIT,
-        c.TILES_FIT,
-        c.TMA_16_BIT,
-        c.REGISTER_CAP_FITS,
-    ),
+    constraints=c.TILE_CONSTRAINTS,
     rules=c.ATTENTION_RULES,
-    defaults=defaults,
+    defaults=partial(c.range_defaults, split_mask=False),
     cost=cost,
     structure=c.attention_structure,
     constants=constants,
