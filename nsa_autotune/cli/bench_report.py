@@ -230,7 +230,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
     return [
         ("GPU", f"{f['gpu']}, compute capability {f['capability']}"),
         ("driver, CUDA", f"{f['driver']}, {f['cuda']}"),
-        ("torch, Triton", f"{f['torch']}, {f['triton']}"),
+        ("torch, Triton", " ".join(filter(None, (f"{f['torch']}, {f['triton']}", f.get("assembler"))))),
         ("nsa-autotune", report.tool_version),
         ("date", report.created),
         ("command", report.command),

@@ -16,7 +16,7 @@ from .records import TrialRecord, WinnerRecord
 from .rows import select_trials, select_winners, trial_of, winner_of
 
 TABLES = ("winners", "trials")
-MACHINE_COLUMNS = ("gpu", "capability", "driver", "cuda", "torch", "triton")
+MACHINE_COLUMNS = ("gpu", "capability", "driver", "cuda", "torch", "triton", "assembler")
 PROBLEM_COLUMNS = (
     "layout",
     "batch",

@@ -12,7 +12,7 @@ from ..spec import digest
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """GPU name and capability, driver, CUDA, torch and Triton versions."""
+    """GPU name and capability; versions of driver, CUDA, torch, Triton and the assembler that Triton calls."""
 
     gpu: str
     capability: str  # "9.0"
@@ -20,6 +20,7 @@ class Fingerprint:
     cuda: str
     torch: str
     triton: str
+    assembler: str = ""  # "ptxas 12.8": TRITON_PTXAS_PATH, which torch.compile sets, exchanges Triton's own
 
     def to_dict(self) -> dict[str, str]:
         """By name, ready for JSON."""
@@ -45,6 +46,13 @@ def _driver_version() -> str:
     return text.value.decode() if found else ""
 
 
+def _assembler_version(arch: int) -> str:
+    """The version of the ptxas that Triton would call for compute capability `arch` (90 is 9.0)."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    return f"ptxas {get_ptxas(arch).version}"
+
+
 @cache
 def current(device: str = "cuda:0") -> Fingerprint:
     """The fingerprint of a CUDA device; raises InvalidInput where there is none."""
@@ -61,6 +69,7 @@ def current(device: str = "cuda:0") -> Fingerprint:
         cuda=torch.version.cuda or "",
         torch=torch.__version__,
         triton=triton.__version__,
+        assembler=_assembler_version(10 * properties.major + properties.minor),
     )
 
 

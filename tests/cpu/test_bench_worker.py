@@ -111,6 +111,7 @@ def test_an_error_that_only_shows_at_full_length_says_so(
 def test_a_library_goes_through_the_worker(worker: MeasureWorker) -> None:
     result = worker.measure_library("cudnn_sdpa", SMALL)
     assert result.status == "constraint" and "CUDA" in result.reason
+    assert worker.child_pid is None  # torch.compile changes what Triton calls: nothing of ours is measured after it
     assert worker.measure_library("magic", SMALL).status in ("constraint", "runtime")
 
 
