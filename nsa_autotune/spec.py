@@ -55,7 +55,9 @@ class Problem:
         for name in ("batch", "seq_q", "seq_k", "num_q_heads", "num_kv_heads", "d_qk", "d_v", "phi_hidden"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidProblem(f"{name} must be a positive int", {name: value})
+                raise InvalidProblem(
+                    f"{name} must be a positive int", {name: value}, "Give a whole number of at least 1."
+                )
         if self.dtype not in DTYPES:
             raise InvalidProblem(f"dtype must be one of {', '.join(DTYPES)}", {"dtype": self.dtype})
         if self.layout not in LAYOUTS:
@@ -64,14 +66,16 @@ class Problem:
             raise InvalidProblem(
                 "the number of query heads must be a multiple of the number of kv heads",
                 {"num_q_heads": self.num_q_heads, "num_kv_heads": self.num_kv_heads},
+                "Every kv head serves equally many query heads, such as 64 and 4.",
             )
         if self.layout == "batched" and self.seq_q > self.seq_k:
             raise InvalidProblem(
                 "queries are aligned with the last keys, so seq_q <= seq_k must hold",
                 {"seq_q": self.seq_q, "seq_k": self.seq_k},
+                "Pass all the keys.",
             )
         if not 0.0 <= self.locality < 1.0:
-            raise InvalidProblem("locality must be in [0, 1)", {"locality": self.locality})
+            raise InvalidProblem("locality must be in [0, 1)", {"locality": self.locality}, "0 is random, 0.8 usual.")
 
     @property
     def group_size(self) -> int:

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from typing import Any, TextIO
 
+from ..codegen.lifetime import die_with_parent
 from ..spec import Problem
 from .session import MeasureSession
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-def die_with_parent(parent: int) -> None:
-    """On Linux, have the kernel end this process with the thread that started it, even in the middle of a GPU call."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:
-            raise SystemExit("the parent has ended")
 
 
 def serve(session: MeasureSession, requests: TextIO, answers: TextIO) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -57,5 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run() -> None:
-    """The entry point of the installed script."""
+    """The entry point of the installed script; SIGTERM ends it as Ctrl-C does, with everything stored."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

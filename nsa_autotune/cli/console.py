@@ -6,13 +6,14 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from ..errors import InvalidInput
+from .fit import fit_columns
 
 PLAIN_WIDTH = 200  # columns, when stdout is a file or a pipe: rows stay on one line
 
@@ -29,15 +30,32 @@ def errors() -> Console:
 
 
 def make_table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], numbers: Iterable[str] = ()
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    numbers: Iterable[str] = (),
+    less_important: Iterable[str] = (),
+    width: int | None = None,
 ) -> Table:
-    """A table of texts; the columns named in `numbers` are aligned to the right."""
-    right = set(numbers)
+    """A table of texts; the columns named in `numbers` are aligned to the right and never broken.
+
+    Where it does not fit `width` (the output's, in characters), headers of numbers go on several lines, then columns
+    of `less_important` are left out, the first one first, and named below the table.
+    """
+    cells = [[cell_text(cell) for cell in row] for row in rows]
+    found = fit_columns(columns, cells, set(numbers), less_important, output().width if width is None else width)
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(cell_text(cell) for cell in row))
+    for column in found.columns:
+        justify: Literal["right", "left"] = "right" if column.is_number else "left"
+        overflow: Literal["ellipsis", "fold"] = "ellipsis" if column.is_number else "fold"
+        table.add_column(
+            column.header, justify=justify, overflow=overflow, no_wrap=column.is_number, width=column.width
+        )
+    for row in cells:
+        table.add_row(*(row[column.index] for column in found.columns))
+    if found.left_out:
+        table.caption = f"left out, the terminal is too narrow: {', '.join(found.left_out)}"
+        table.caption_justify = "left"
     return table
 
 
@@ -64,6 +82,8 @@ def problem_text(problem: Mapping[str, Any], family: str) -> str:
     known = all_specs().get(family)
     if known is not None and "locality" in known.problem_fields:
         parts.append(f"locality {problem['locality']:g}")
+    if known is not None and "phi_hidden" in known.problem_fields and problem.get("phi_hidden", 128) != 128:
+        parts.append(f"phi {problem['phi_hidden']}")
     return " ".join(parts)
 
 

@@ -24,6 +24,11 @@ WINNER_COLUMNS = [
     *("speedup", "library", "library_median_us", "source", "stale"),
 ]
 TRIAL_COLUMNS = [*("gpu", "family", "problem", "status", "median_us", "predicted_us", "stage", "config", "reason")]
+# left out where a terminal is narrow, the first one first; never the columns a user names
+LESS_IMPORTANT = [
+    *("p20_us", "p80_us", "library", "library_median_us", "source", "stage", "config", "gpu"),
+    *("predicted_us", "stale"),
+]
 MAX_CELL_CHARS = 60  # of a reason or config in a table
 
 app = typer.Typer(help="Query, export and import the tuning database.", no_args_is_help=True)
@@ -77,6 +82,7 @@ def query(
 
     if family is not None:
         get_spec(family)
+    _check_choices(status, kind)
     chosen = table or (Table.trials if status or kind else Table.winners)
     with TuningStore(db) as store:
         rows = store.query(
@@ -89,11 +95,13 @@ def query(
             limit=limit or (DEFAULT_LIMIT if style is Format.table else None),
             current_templates={name: template_digest(spec) for name, spec in all_specs().items()},
         )
-    wanted = options.split(columns) or default_columns(chosen, style)
+    asked, known = options.split(columns, "--columns"), all_columns(chosen)
     if style is Format.table:
         rows = [{"problem": problem_text(row, row["family"]), **row} for row in rows]
-    _check_columns(wanted, rows)
-    _print_rows(rows, wanted, style, title=chosen.value)
+        known = ["problem", *known]
+    _check_columns(asked, known)
+    wanted = asked or default_columns(chosen, style) or known
+    _print_rows(rows, wanted, style, chosen.value, () if asked else LESS_IMPORTANT)
 
 
 @app.command("export")
@@ -122,6 +130,10 @@ def import_records(
     """Add the records of a file, all or none; winners tuned here are kept."""
     from ..db.store import TuningStore
 
+    if not path.exists() or path.is_dir():
+        raise InvalidInput(
+            "the file cannot be read", {"path": str(path)}, "Name a file that `nsa-autotune db export` has written."
+        )
     with TuningStore(db) as store:
         summary = store.import_jsonl(path)
     typer.echo(f"{path}: {summary.winners} winners, {summary.trials} trials; {summary.kept} winners here were kept")
@@ -158,14 +170,37 @@ def default_columns(table: Table, style: Format) -> list[str]:
     return WINNER_COLUMNS if table is Table.winners else TRIAL_COLUMNS
 
 
-def _check_columns(wanted: Sequence[str], rows: Sequence[Row]) -> None:
-    unknown = [name for name in wanted if rows and name not in rows[0]]
+def all_columns(table: Table) -> list[str]:
+    """The names of a row's columns, also where there is no row."""
+    from ..db.query import trial_columns, winner_columns
+    from ..db.records import TrialRecord, WinnerRecord
+
+    shared: dict[str, Any] = {"fingerprint": {}, "problem": {}, "config": {}}
+    shared |= {"family": "", "problem_key": "", "template_digest": ""}
+    if table is Table.winners:
+        return list(winner_columns(WinnerRecord(**shared, median_us=1.0, p20_us=1.0, p80_us=1.0, samples_us=()), None))
+    return list(trial_columns(TrialRecord(**shared, status="ok"), None))
+
+
+def _check_choices(status: str | None, kind: str | None) -> None:
+    from ..db.checks import KINDS, STATUSES
+    from ..search.presets import unknown_name
+
+    if status is not None and status not in STATUSES:
+        raise unknown_name("status", status, STATUSES)
+    if kind is not None and kind not in KINDS:
+        raise unknown_name("kind", kind, KINDS)
+
+
+def _check_columns(asked: Sequence[str], known: Sequence[str]) -> None:
+    unknown = [name for name in asked if name not in known]
     if unknown:
-        raise InvalidInput("there are no such columns", {"columns": unknown}, f"Columns: {', '.join(rows[0])}.")
+        raise InvalidInput("there are no such columns", {"columns": unknown}, f"Columns: {', '.join(known)}.")
 
 
-def _print_rows(rows: Sequence[Row], columns: Sequence[str], style: Format, title: str) -> None:
-    names = list(columns) or (list(rows[0]) if rows else [])
+def _print_rows(
+    rows: Sequence[Row], names: Sequence[str], style: Format, title: str, less_important: Sequence[str]
+) -> None:
     if style is Format.json:
         typer.echo(json.dumps([{name: row[name] for name in names} for row in rows], indent=1))
     elif style is Format.csv:
@@ -177,7 +212,7 @@ def _print_rows(rows: Sequence[Row], columns: Sequence[str], style: Format, titl
     else:
         numbers = {name for row in rows for name in names if isinstance(row[name], int | float)}
         cells = [[_shorten(row[name]) for name in names] for row in rows]
-        output().print(make_table(f"{title}: {len(rows)} rows", names, cells, numbers))
+        output().print(make_table(f"{title}: {len(rows)} rows", names, cells, numbers, less_important))
 
 
 def _shorten(value: object) -> object:

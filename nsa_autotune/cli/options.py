@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..config import NSAConfig
-from ..errors import InvalidConfig, InvalidInput
+from ..errors import InvalidConfig, InvalidInput, InvalidProblem
 from ..spec import DTYPES, LAYOUTS, Config, KernelSpec, Param, Problem, Value
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32
 
 PresetOption = Annotated[str | None, typer.Option("--preset", help="A named problem; the options below change it.")]
 SeqOption = Annotated[str, typer.Option("--seq", help="Sequence lengths, such as 8k,32k,64k.")]
+SeqQOption = Annotated[
+    str | None, typer.Option("--seq-q", help="Queries, the last of each sequence, such as 1; as many as keys if none.")
+]
 DtypeOption = Annotated[list[str] | None, typer.Option("--dtype", help=f"One or more of {', '.join(DTYPES)}.")]
 LocalityOption = Annotated[
     list[str] | None,
@@ -31,6 +35,9 @@ DqkOption = Annotated[int | None, typer.Option("--d-qk", help="Head dimension of
 DvOption = Annotated[
     int | None, typer.Option("--d-v", help="Head dimension of values; as --d-qk if only that is given.")
 ]
+PhiHiddenOption = Annotated[
+    int | None, typer.Option("--phi-hidden", help="Width of the hidden layer of learned compression.")
+]
 LayoutOption = Annotated[str | None, typer.Option("--layout", help=f"One of {', '.join(LAYOUTS)}.")]
 NsaOption = Annotated[
     list[str] | None, typer.Option("--nsa", help="A constant of NSA, such as --nsa select_block_size=32; repeatable.")
@@ -40,16 +47,31 @@ DbOption = Annotated[
 ]
 
 
-def split(values: Iterable[str] | None) -> list[str]:
-    """Parts of options that may be repeated, separated by commas, or both; doubles are dropped."""
-    parts = (part.strip() for value in values or () for part in value.split(","))
-    return list(dict.fromkeys(part for part in parts if part))
+def split(values: Iterable[str] | None, option: str = "") -> list[str]:
+    """Parts of options that may be repeated, separated by commas, or both; doubles are dropped.
+
+    InvalidInput if `option` is named and was given without any part: nobody means `all` by that.
+    """
+    given = list(values or ())
+    parts = (part.strip() for value in given for part in value.split(","))
+    found = list(dict.fromkeys(part for part in parts if part))
+    if option and given and not found:
+        remedy = f"Name one or more, separated by commas, or leave {option} out."
+        raise InvalidInput(f"{option} names nothing", {option: ",".join(given)}, remedy)
+    return found
+
+
+def check_device(name: str) -> str:
+    """The name of a CUDA device; InvalidInput for anything else."""
+    if re.fullmatch(r"cuda(:\d{1,3})?", name) is None:
+        raise InvalidInput("--device is a CUDA device", {"--device": name}, "Write cuda, cuda:0, cuda:1 and so on.")
+    return name
 
 
 def assignments(values: Iterable[str] | None, option: str) -> dict[str, str]:
     """`name=value` texts as a dict."""
     pairs = {}
-    for part in split(values):
+    for part in split(values, option):
         name, equals, value = part.partition("=")
         if not (name and equals and value):
             raise InvalidInput(f"{option} takes name=value", {option: part}, f"Write for example {option} NAME=64.")
@@ -72,6 +94,8 @@ class ProblemChoice:
     d_v: int | None = None
     layout: str | None = None
     nsa: Mapping[str, str] | None = None
+    phi_hidden: int | None = None
+    seq_q: str | None = None  # queries; None is as many as keys
 
     def problems(self, default_preset: str) -> list[Problem]:
         """One problem for each sequence length, dtype and locality, in this order."""
@@ -79,27 +103,58 @@ class ProblemChoice:
 
         preset = get_preset(self.preset or default_preset)
         base = self._shaped(preset)
+        queries = None if self.seq_q is None else _one_length(self.seq_q)
         seq_lens = parse_seq_lens(self.seq) if self.seq else preset.seq_lens
         dtypes = [_dtype(name) for name in self.dtypes] or [base.dtype]
         localities = [_locality(text) for text in self.localities] or [base.locality]
         return [
-            at_seq_len(base, tokens).replace(dtype=dtype, locality=locality)
+            at_seq_len(base, tokens, queries).replace(dtype=dtype, locality=locality)
             for tokens in seq_lens
             for dtype in dtypes
             for locality in localities
         ]
 
     def _shaped(self, preset: Preset) -> Problem:
+        heads = preset.problem.num_q_heads if self.heads is None else self.heads
+        kv_heads = preset.problem.num_kv_heads if self.kv_heads is None else self.kv_heads
+        _check_heads(heads, kv_heads)
         given = {
             "batch": self.batch,
             "num_q_heads": self.heads,
             "num_kv_heads": self.kv_heads,
             "d_qk": self.d_qk,
             "d_v": self.d_v if self.d_v is not None else self.d_qk,
-            "layout": self.layout,
+            "layout": None if self.layout is None else _layout(self.layout),
+            "phi_hidden": self.phi_hidden,
             "nsa": _nsa(preset.problem.nsa, self.nsa) if self.nsa else None,
         }
         return preset.problem.replace(**{name: value for name, value in given.items() if value is not None})
+
+
+def _one_length(text: str) -> int:
+    from ..search.presets import parse_seq_lens
+
+    lengths = parse_seq_lens(text)
+    if len(lengths) != 1:
+        raise InvalidInput("--seq-q is one number of queries", {"--seq-q": text}, "Write for example --seq-q 1.")
+    return lengths[0]
+
+
+def _check_heads(heads: int, kv_heads: int) -> None:
+    if kv_heads > 0 and heads % kv_heads:
+        raise InvalidProblem(
+            "the number of query heads must be a multiple of the number of kv heads",
+            {"num_q_heads": heads, "num_kv_heads": kv_heads},
+            "Choose for example --heads 64 --kv-heads 4.",
+        )
+
+
+def _layout(name: str) -> str:
+    from ..search.presets import unknown_name
+
+    if name not in LAYOUTS:
+        raise unknown_name("layout", name, LAYOUTS)
+    return name
 
 
 def _dtype(name: str) -> str:
@@ -113,9 +168,12 @@ def _dtype(name: str) -> str:
 
 def _locality(text: str) -> float:
     try:
-        return float(text)
-    except ValueError as error:
-        raise InvalidInput("--locality takes numbers in [0, 1)", {"--locality": text}) from error
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value < 1.0:
+        raise InvalidInput("locality must be in [0, 1)", {"--locality": text}, "Write for example --locality 0,0.8.")
+    return value
 
 
 def _nsa(base: NSAConfig, changes: Mapping[str, str]) -> NSAConfig:
@@ -125,8 +183,9 @@ def _nsa(base: NSAConfig, changes: Mapping[str, str]) -> NSAConfig:
     for name, value in changes.items():
         if name not in known:
             raise unknown_name("constant of NSA", name, known)
-        if not value.isdigit():
-            raise InvalidConfig(f"{name} must be a whole number", {name: value})
+        if not value.isdecimal() or len(value) > 9:
+            remedy = f"Write for example --nsa {name}=64."
+            raise InvalidConfig(f"{name} must be a whole number below a billion", {name: value}, remedy)
     return NSAConfig(**{**base.to_dict(), **{name: int(value) for name, value in changes.items()}})
 
 

@@ -17,12 +17,14 @@ def render(
     family: Annotated[str | None, typer.Option("--family", help="Which kernel; none lists them.")] = None,
     preset: options.PresetOption = None,
     seq: options.SeqOption = "",
+    seq_q: options.SeqQOption = None,
     dtype: options.DtypeOption = None,
     batch: options.BatchOption = None,
     heads: options.HeadsOption = None,
     kv_heads: options.KvHeadsOption = None,
     d_qk: options.DqkOption = None,
     d_v: options.DvOption = None,
+    phi_hidden: options.PhiHiddenOption = None,
     layout: options.LayoutOption = None,
     nsa: options.NsaOption = None,
     config: Annotated[list[str] | None, typer.Option("--config", help="A parameter, name=value; repeatable.")] = None,
@@ -41,7 +43,7 @@ def render(
     choice = options.ProblemChoice(
         preset=preset,
         seq=seq,
-        dtypes=tuple(options.split(dtype)),
+        dtypes=tuple(options.split(dtype, "--dtype")),
         batch=batch,
         heads=heads,
         kv_heads=kv_heads,
@@ -49,6 +51,8 @@ def render(
         d_v=d_v,
         layout=layout,
         nsa=options.assignments(nsa, "--nsa"),
+        phi_hidden=phi_hidden,
+        seq_q=seq_q,
     )
     (spec,) = options.choose_specs([family])
     problem = choice.problems(default_preset="gqa16-d128")[0]

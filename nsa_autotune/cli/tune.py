@@ -23,6 +23,7 @@ DEFAULT_TARGET = "cuda:90"
 def tune(
     preset: options.PresetOption = None,
     seq: options.SeqOption = "",
+    seq_q: options.SeqQOption = None,
     dtype: options.DtypeOption = None,
     locality: options.LocalityOption = None,
     batch: options.BatchOption = None,
@@ -30,6 +31,7 @@ def tune(
     kv_heads: options.KvHeadsOption = None,
     d_qk: options.DqkOption = None,
     d_v: options.DvOption = None,
+    phi_hidden: options.PhiHiddenOption = None,
     layout: options.LayoutOption = None,
     nsa: options.NsaOption = None,
     families: Annotated[
@@ -57,8 +59,8 @@ def tune(
     choice = options.ProblemChoice(
         preset=preset,
         seq=seq,
-        dtypes=tuple(options.split(dtype)),
-        localities=tuple(options.split(locality)),
+        dtypes=tuple(options.split(dtype, "--dtype")),
+        localities=tuple(options.split(locality, "--locality")),
         batch=batch,
         heads=heads,
         kv_heads=kv_heads,
@@ -66,11 +68,13 @@ def tune(
         d_v=d_v,
         layout=layout,
         nsa=options.assignments(nsa, "--nsa"),
+        phi_hidden=phi_hidden,
+        seq_q=seq_q,
     )
+    options.check_device(device)
     goal = choose_target(target)
-    work = plan_work(
-        options.choose_specs(options.split(families)), choice.problems(NO_GPU_PRESET if goal else GPU_PRESET)
-    )
+    specs = options.choose_specs(options.split(families, "--families"))
+    work = plan_work(specs, choice.problems(NO_GPU_PRESET if goal else GPU_PRESET))
     total = choose_budget(budget, trials, minutes, len(work), predicting=goal is not None)
     run = Run(tuple(work), total, db, device, goal, retune, jobs or os.cpu_count() or 1, check)
     raise typer.Exit(execute(run))

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..errors import StoreError
 from ..spec import KernelSpec, Problem
 from .console import errors, gain_text, make_table, output, problem_text
 
@@ -55,6 +56,9 @@ def execute(run: Run) -> int:
     interrupted, right = False, True
     guesses: list[Guess] = []
     with TuningStore(run.db) as store:
+        if store.read_only:
+            values = {"database": str(store.location)}
+            raise StoreError("tuning needs a database that can be written", values, "Name another one with --db.")
         display = TuneDisplay(errors(), len(run.work))
         try:
             with display:
@@ -67,7 +71,8 @@ def execute(run: Run) -> int:
             interrupted = True
         worked = print_winners(display) if run.target is None else print_predictions(run.target, guesses)
         if interrupted:
-            text = f"stopped; everything measured is kept in {store.location}; the same command resumes"
+            done = "measured" if run.target is None else "found"
+            text = f"stopped; everything {done} is kept in {store.location}; the same command resumes"
             errors().print(text, style="yellow", markup=False, soft_wrap=True)
             return EXIT_INTERRUPTED
     return 0 if worked and right else EXIT_NO_WINNER
@@ -121,12 +126,18 @@ def check_in_interpreter(run: Run, display: TuneDisplay) -> bool:
 
 def predict(run: Run, store: TuningStore, display: TuneDisplay, target: str, guesses: list[Guess]) -> None:
     """Rank every problem's configs for an absent GPU; what is found is appended to `guesses`."""
-    from ..search.predict import predict_problem
+    from ..search.predict import predict_problem, stored_predictions
 
     for spec, problem, budget in shares(run.budget, run.work):
-        ranked = predict_problem(
-            spec, problem, target=target, store=store, budget=budget, progress=display, processes=run.jobs
-        )
+        try:
+            ranked = predict_problem(
+                spec, problem, target=target, store=store, budget=budget, progress=display, processes=run.jobs
+            )
+        except KeyboardInterrupt:
+            ranked = stored_predictions(spec, problem, target=target, store=store)
+            if ranked:
+                guesses.append(Guess(spec, problem, ranked))
+            raise
         guesses.append(Guess(spec, problem, ranked))
 
 
@@ -155,7 +166,8 @@ def print_winners(display: TuneDisplay) -> bool:
         gain = gain_text(winner.default_median_us, winner.median_us)
         rows.append((*head, winner.median_us, winner.default_median_us, gain, winner.library_median_us, winner.library))
     columns = ("family", "problem", "winner us", "default us", "gain", "library us", "library")
-    output().print(make_table("winners, medians of the final race", columns, rows, columns[2:6]))
+    less = ("library", "library us", "default us")
+    output().print(make_table("winners, medians of the final race", columns, rows, columns[2:6], less))
     failed = [outcome for outcome in display.outcomes if outcome.kind == "failed"]
     if failed:
         text = f"{len(failed)} problems have no winner: nsa-autotune db query --table trials --family FAMILY"
@@ -165,10 +177,13 @@ def print_winners(display: TuneDisplay) -> bool:
 
 def print_predictions(target: str, guesses: Sequence[Guess]) -> bool:
     """The table of predictions, labelled as such; False if nothing of a problem would run."""
+    if not guesses:  # interrupted before the first
+        return True
     rows = [_prediction_row(guess) for guess in guesses]
     columns = ("family", "problem", "usable", "guess us", "default's guess us", "registers", "shared KiB", "config")
     title = f"predictions for {target} by a cost model: nothing was measured, nothing of this is served"
-    output().print(make_table(title, columns, rows, columns[2:7]))
+    less = ("shared KiB", "registers", "usable")
+    output().print(make_table(title, columns, rows, columns[2:7], less))
     text = "on such a GPU `nsa-autotune tune` measures, and tries the best of these first"
     errors().print(text, markup=False, soft_wrap=True)
     return all(guess.ranked for guess in guesses)

@@ -16,6 +16,7 @@ from typing import Any
 from ..errors import InvalidConfig, InvalidProblem, KernelError, NSAError, RenderError
 from ..spec import Config, KernelSpec, Problem
 from .compile import Resources, compile_variant, need_compiler
+from .lifetime import die_with_parent
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ def _compile(spec: KernelSpec, job: CompileJob, target: str) -> CompileOutcome:
     return CompileOutcome(job, "ok", resources=resources)
 
 
-def _serve(pipe: Connection, specs: dict[str, KernelSpec], target: str) -> None:
-    """A child's life: take a job, answer, until the parent hangs up."""
+def _serve(pipe: Connection, specs: dict[str, KernelSpec], target: str, parent: int) -> None:
+    """A child's life: take a job, answer, until the parent hangs up or dies."""
+    die_with_parent(parent)  # the ends of pipes that a fork inherits would keep it waiting for ever
     os.setpgid(0, 0)  # so that the assembler it starts can be ended with it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     quiet = os.open(os.devnull, os.O_WRONLY)
@@ -80,7 +82,8 @@ def _serve(pipe: Connection, specs: dict[str, KernelSpec], target: str) -> None:
 
 def _start(specs: dict[str, KernelSpec], target: str) -> _Child:
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(target=_serve, args=(theirs, specs, target), daemon=True)
+    arguments = (theirs, specs, target, os.getpid())
+    process = multiprocessing.get_context("fork").Process(target=_serve, args=arguments, daemon=True)
     process.start()
     theirs.close()
     return _Child(process, ours)

@@ -140,6 +140,10 @@ def tune_command(spec: KernelSpec, problem: Problem) -> str:
         f"--d-v {problem.d_v}",
         f"--dtype {problem.dtype}",
     ]
+    if "seq_q" in spec.problem_fields and problem.seq_q != problem.seq_k:
+        parts.append(f"--seq-q {problem.seq_q}")
+    if "phi_hidden" in spec.problem_fields:
+        parts.append(f"--phi-hidden {problem.phi_hidden}")
     if problem.batch != 1:
         parts.append(f"--batch {problem.batch}")
     if problem.layout != "batched":

@@ -79,11 +79,12 @@ def head_dim_ok(width: int) -> bool:
     return width % 16 == 0 and width <= 256 and len(chunks(width)) <= 3
 
 
+PAD_THE_HEAD_DIM = "Pad the head dim, for example 80 -> 96."
 ATTENTION_RULES = (
     ProblemRule(
         "head dims must be multiples of 16, at most 256, and a sum of at most three powers of two",
         lambda p: head_dim_ok(p.d_qk) and head_dim_ok(p.d_v),
-        "Pad the head dim, for example 80 -> 96.",
+        PAD_THE_HEAD_DIM,
     ),
     ProblemRule("the group size must be at most 64", lambda p: p.group_size <= 64, "Use more kv heads."),
 )
@@ -91,8 +92,11 @@ SELECTION_RULES = (
     ProblemRule(
         "select_block_size (l') must be a power of two from 16 to 256",
         lambda p: p.nsa.select_block_size in (16, 32, 64, 128, 256),
+        "Choose select_block_size=64, say.",
     ),
-    ProblemRule("num_selected (n) must be at most 64", lambda p: p.nsa.num_selected <= 64),
+    ProblemRule(
+        "num_selected (n) must be at most 64", lambda p: p.nsa.num_selected <= 64, "Choose num_selected=16, say."
+    ),
 )
 
 

@@ -108,9 +108,12 @@ SPEC = KernelSpec(
         ProblemRule(
             "the head dim must be a multiple of 16, at most 256, and a sum of at most three powers of two",
             lambda p: c.head_dim_ok(p.d_qk),
+            c.PAD_THE_HEAD_DIM,
         ),
         ProblemRule(
-            "phi_hidden must be a power of two from 16 to 256", lambda p: p.phi_hidden in (16, 32, 64, 128, 256)
+            "phi_hidden must be a power of two from 16 to 256",
+            lambda p: p.phi_hidden in (16, 32, 64, 128, 256),
+            "Choose phi_hidden=128, say.",
         ),
     ),
     defaults=lambda problem: {

@@ -77,6 +77,7 @@ SPEC = KernelSpec(
         ProblemRule(
             "the head dim must be a multiple of 16, at most 256, and a sum of at most three powers of two",
             lambda p: c.head_dim_ok(p.d_qk),
+            c.PAD_THE_HEAD_DIM,
         ),
     ),
     defaults=lambda problem: {"BLOCK_C": 4, "num_warps": 4, "num_stages": 1},

@@ -48,7 +48,8 @@ class NativeSparseAttention(nn.Module):
 
     Each branch has keys and values of its own unless `share_kv`. Rotary (halves, angles in float32) is applied to
     the queries and to the keys of every branch, before these are compressed; `rope_theta=None` leaves it out.
-    Raises InvalidConfig for sizes that cannot work; `forward` raises InvalidInput.
+    Raises InvalidConfig for sizes that cannot work; `forward` raises InvalidInput, and with `strict` NotTuned rather
+    than serve an untuned kernel on a GPU.
     """
 
     def __init__(
@@ -66,13 +67,14 @@ class NativeSparseAttention(nn.Module):
         share_kv: bool = False,
         bias: bool = False,
         dispatcher: Dispatcher | None = None,
+        strict: bool = False,
     ) -> None:
         super().__init__()
         self.hidden_size, self.num_q_heads, self.num_kv_heads = hidden_size, num_q_heads, num_kv_heads
         self.d_qk, self.d_v = d_qk, d_qk if d_v is None else d_v
         self.config = NSAConfig() if config is None else config
         self.compression, self.rope_theta, self.share_kv = compression, rope_theta, share_kv
-        self.dispatcher = dispatcher
+        self.dispatcher, self.strict = dispatcher, strict
         self._check_sizes(phi_hidden)
         branches = ("cmp",) if share_kv else ("cmp", "slc", "win")
         self.q_proj = nn.Linear(hidden_size, num_q_heads * self.d_qk, bias=bias)
@@ -108,6 +110,7 @@ class NativeSparseAttention(nn.Module):
             phi_v=None if self.phi_v is None else self.phi_v.weights(q.dtype),
             cu_seqlens=cu_seqlens,
             dispatcher=self.dispatcher,
+            strict=self.strict,
         )
         out: Tensor = self.out_proj(o.flatten(-2))
         return out
@@ -126,6 +129,9 @@ class NativeSparseAttention(nn.Module):
             heads = {"num_q_heads": self.num_q_heads, "num_kv_heads": self.num_kv_heads}
             remedy = "Every kv head serves the same number of query heads."
             raise InvalidConfig("num_q_heads must be a multiple of num_kv_heads", heads, remedy)
+        if not isinstance(self.config, NSAConfig):
+            values = {"config": type(self.config).__name__}
+            raise InvalidConfig("config must be an NSAConfig", values, "Use NSAConfig(window_size=...), say.")
         if self.compression not in COMPRESSIONS:
             known = f"Use {' or '.join(map(repr, COMPRESSIONS))}."
             raise InvalidConfig("compression must name a known phi", {"compression": self.compression}, known)
@@ -134,6 +140,8 @@ class NativeSparseAttention(nn.Module):
             raise InvalidConfig("rotary needs an even d_qk and a positive theta", values, "Or pass rope_theta=None.")
 
     def _check_input(self, x: Tensor, cu_seqlens: Tensor | None) -> None:
+        if not isinstance(x, Tensor):
+            raise InvalidInput("x must be a torch.Tensor", {"x": type(x).__name__}, "Use torch.as_tensor().")
         shape, weight = tuple(x.shape), self.q_proj.weight
         if cu_seqlens is None and x.ndim != 3:
             remedy = "Pass cu_seqlens with packed tokens [T, hidden]." if x.ndim == 2 else "Reshape x."

@@ -38,9 +38,13 @@ def nsa_attention(
     q `[B, TQ, HQ, D_QK]`, keys `[B, TK, H, D_QK]`, values `[B, TK, H, D_V]`, gates `[B, TQ, HQ, 3]` in [0, 1]; packed
     tensors drop B and bring int32 `cu_seqlens` `[S + 1]` (`cu_seqlens_k` if the keys' lengths differ). k and v serve
     the compressed branch, and the others unless they have their own. Queries are aligned with the last keys. Position
-    encoding is the caller's business. `strict=True` raises NotTuned rather than serve an untuned kernel.
+    encoding is the caller's business. `strict=True` raises NotTuned rather than serve an untuned kernel on a GPU.
     Returns `[B, TQ, HQ, D_V]`; raises InvalidInput for tensors that do not fit together.
     """
+    if not isinstance(config, NSAConfig):
+        raise InvalidInput("config must be an NSAConfig", {"config": type(config).__name__}, "Use NSAConfig(...).")
+    checks.check_tensor("q", q)
+    checks.check_tensor("k", k)
     layout = _layout(q, k, cu_seqlens, cu_seqlens_k, config)
     checks.check_query(q, layout)
     checks.check_key("k", k, q, q.shape[-1])

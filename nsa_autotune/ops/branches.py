@@ -34,6 +34,7 @@ def compress(
     dispatcher: Dispatcher | None = None,
 ) -> Tensor:
     """Eq. 7: keys or values `[.., T, H, D]` to `[.., NC, H, D]`, by phi, or by the mean without one."""
+    checks.check_tensor("x", x)
     if x.ndim != (4 if layout is None else 3):
         raise InvalidInput("keys to compress must be [B, T, H, D], or packed [T, H, D]", {"shape": tuple(x.shape)})
     kernel = partial(launch_compress, config=config, layout=layout, dispatcher=dispatcher)

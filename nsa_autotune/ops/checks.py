@@ -13,8 +13,19 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ALIGNMENT_BYTES = 16  # of rows and base pointers that tensor-memory access reads
 
 
+def check_tensor(name: str, x: object) -> None:
+    """x is a floating-point tensor."""
+    if not isinstance(x, Tensor):
+        raise InvalidInput(f"{name} must be a torch.Tensor", {name: type(x).__name__}, "Use torch.as_tensor().")
+    if not x.is_floating_point():
+        raise InvalidInput(
+            f"{name} must be of a floating-point dtype", {name: str(x.dtype)}, "Use .to(torch.bfloat16)."
+        )
+
+
 def check_same(name: str, x: Tensor, q: Tensor) -> None:
     """x has the dtype and device of q."""
+    check_tensor(name, x)
     if x.dtype != q.dtype:
         values = {"q": str(q.dtype), name: str(x.dtype)}
         raise InvalidInput(f"{name} must have the dtype of q", values, f"Use {name}.to(q.dtype).")
@@ -25,6 +36,9 @@ def check_same(name: str, x: Tensor, q: Tensor) -> None:
 
 def check_query(q: Tensor, layout: PackedLayout | None) -> None:
     """q is [B, TQ, HQ, D_QK], or packed [TQ, HQ, D_QK], of a dtype that kernels or the reference serve."""
+    check_tensor("q", q)
+    if q.device.type not in ("cpu", "cuda"):
+        raise InvalidInput("q must be on the CPU or a CUDA device", {"q": str(q.device)}, "Use .to('cuda').")
     if q.ndim != (4 if layout is None else 3):
         form = "[B, TQ, HQ, D_QK]" if layout is None else "[TQ, HQ, D_QK] with cu_seqlens"
         raise InvalidInput(f"q must be {form}", {"shape": tuple(q.shape)}, "Pass cu_seqlens only with packed tensors.")
@@ -84,6 +98,7 @@ def check_lse(lse: Tensor, q: Tensor) -> None:
 
 def check_gates(gates: Tensor, q: Tensor) -> None:
     """gates is [.., TQ, HQ, 3] on the device of q, in the order cmp, slc, win."""
+    check_tensor("gates", gates)
     if tuple(gates.shape) != (*q.shape[:-1], 3) or gates.device != q.device:
         values = {"q": tuple(q.shape), "gates": tuple(gates.shape), "device": str(gates.device)}
         raise InvalidInput("gates must be [.., TQ, HQ, 3] beside q (cmp, slc, win)", values, "Apply the sigmoid first.")

@@ -73,6 +73,19 @@ def predict_problem(
     return ranked
 
 
+def stored_predictions(
+    spec: KernelSpec,
+    problem: Problem,
+    *,
+    target: str,
+    store: TuningStore,
+    digest_of: Callable[[KernelSpec], str] = template_digest,
+) -> list[Prediction]:
+    """The ranking of what is stored, such as an interrupted `predict_problem` left it; compiles nothing."""
+    task = Task(spec, problem, for_target(target).to_dict(), digest_of(spec))
+    return rank_predictions(known_trials(store, task, kind="predicted"))
+
+
 class _Predicting:
     """State of one `predict_problem` call."""
 

@@ -12,6 +12,8 @@ from ..errors import InvalidProblem, UnknownName
 from ..spec import KernelSpec, Problem
 
 _UNITS = {"": 1, "k": 1024, "m": 1024 * 1024}
+MAX_SEQ_LEN = 16 * 1024 * 1024  # tokens; beyond it a length is a slip of the keyboard
+_MAX_DIGITS = 12  # of a number that is worth reading
 
 
 @dataclass(frozen=True)
@@ -73,18 +75,37 @@ def parse_seq_lens(text: str) -> tuple[int, ...]:
 
 def _parse_seq_len(part: str, text: str) -> int:
     match = re.fullmatch(r"(\d+)([km]?)", part.strip().lower())
+    if match is not None and len(match[1]) > _MAX_DIGITS:
+        raise _too_long(part)
     if match is None or int(match[1]) == 0:
         raise InvalidProblem(
             "sequence lengths are positive whole numbers, with k for 1024 or m for 1048576 behind them",
             {"seq": text, "part": part.strip()},
             "Write for example 8k,32k,64k.",
         )
-    return int(match[1]) * _UNITS[match[2]]
+    tokens = int(match[1]) * _UNITS[match[2]]
+    if tokens > MAX_SEQ_LEN:
+        raise _too_long(part)
+    return tokens
 
 
-def at_seq_len(problem: Problem, tokens: int) -> Problem:
-    """The problem with `tokens` queries and as many keys."""
-    return problem.replace(seq_q=tokens, seq_k=tokens)
+def _too_long(part: str) -> InvalidProblem:
+    return InvalidProblem(
+        f"a sequence has at most {MAX_SEQ_LEN // _UNITS['m']}m tokens",
+        {"seq": part.strip()[:20]},
+        "Write for example 8k,32k,64k.",
+    )
+
+
+def at_seq_len(problem: Problem, tokens: int, queries: int | None = None) -> Problem:
+    """The problem with `tokens` keys and as many queries, or the last `queries` of them."""
+    if queries is not None and queries > tokens:
+        raise InvalidProblem(
+            "queries are aligned with the last keys, so there cannot be more queries than keys",
+            {"seq_q": queries, "seq": tokens},
+            "Choose --seq-q at most as large as every --seq.",
+        )
+    return problem.replace(seq_q=tokens if queries is None else queries, seq_k=tokens)
 
 
 def takes_one_tensor(spec: KernelSpec) -> bool:

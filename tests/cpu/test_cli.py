@@ -10,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from nsa_autotune.cli.app import main
+from nsa_autotune.cli.console import make_table
 from nsa_autotune.codegen.render import template_digest
 from nsa_autotune.db.records import TrialRecord, WinnerRecord
 from nsa_autotune.db.store import TuningStore
@@ -101,9 +103,19 @@ def test_version(run: Run) -> None:
     [
         (("tune", "--preset", "gqa16-d12"), ("preset", "gqa16-d12", "'gqa16-d128'")),
         (("tune", "--seq", "8k,banana"), ("sequence lengths", "banana", "8k,32k,64k")),
-        (("tune", "--heads", "63", "--kv-heads", "4"), ("multiple", "num_q_heads=63")),
+        (("tune", "--heads", "63", "--kv-heads", "4"), ("multiple", "num_q_heads=63", "--heads 64 --kv-heads 4")),
+        (("tune", "--seq", "8k,17m"), ("at most 16m tokens", "17m", "8k,32k,64k")),
+        (("tune", "--seq", "9" * 5000), ("at most 16m tokens",)),
+        (("tune", "--seq", "2k", "--seq-q", "4k"), ("more queries than keys", "seq_q=4096", "--seq-q")),
+        (("tune", "--seq-q", "1,2"), ("one number of queries", "1,2", "--seq-q 1")),
+        (("tune", "--phi-hidden", "0"), ("phi_hidden must be a positive int", "whole number")),
+        (("tune", "--phi-hidden", "65"), ("phi_hidden must be a power of two", "phi_hidden=128")),
+        (("tune", "--families", ","), ("--families names nothing", "separated by commas")),
+        (("tune", "--target", "cuda:90", "--device", "cpu"), ("--device", "'cpu'", "cuda:0")),
+        (("tune", "--layout", "paged"), ("layout", "paged", "batched, packed")),
+        (("tune", "--d-qk", "65"), ("head dim", "65", "80 -> 96")),
         (("tune", "--dtype", "bf61"), ("dtype", "bf61", "bfloat16")),
-        (("tune", "--locality", "1.5"), ("locality must be in [0, 1)", "1.5")),
+        (("tune", "--locality", "1.5"), ("locality must be in [0, 1)", "1.5", "--locality 0,0.8")),
         (("tune", "--families", "win_atn_fwd"), ("win_atn_fwd", "win_attn_fwd")),
         (("tune", "--nsa", "select_block_siz=64"), ("select_block_siz", "select_block_size")),
         (("tune", "--nsa", "select_block_size=72"), ("compress_stride (d) must divide", "72")),
@@ -114,9 +126,10 @@ def test_version(run: Run) -> None:
         (("render", "--family", FAMILY, "--out", "/nowhere/at/all.py"), ("cannot be written", "/nowhere/at/all.py")),
         (("render", "--family", FAMILY, "--d-qk", "100"), ("head dims", "d_qk=100")),
         (("db", "query", "--table", "winners", "--status", "ok"), ("no status", "trials")),
-        (("db", "query", "--status", "okay"), ("status must be one of", "okay")),
+        (("db", "query", "--status", "okay"), ("status", "okay", "Did you mean 'ok'")),
+        (("db", "query", "--kind", "guessed"), ("kind", "guessed", "Known: measured, predicted")),
         (("db", "query", "--family", "nope"), ("family", "nope")),
-        (("db", "import", "/nowhere/x.jsonl"), ("cannot be read", "/nowhere/x.jsonl")),
+        (("db", "import", "/nowhere/x.jsonl"), ("cannot be read", "/nowhere/x.jsonl", "db export")),
     ],
     ids=lambda value: "_".join(value)[:60] if isinstance(value, tuple) else None,
 )
@@ -217,6 +230,71 @@ def test_query_filters(run: Run, database: str) -> None:
     assert count("--table", "trials") == 1, "predictions are not measurements"
     assert count("--kind", "predicted") == 1
     assert count("--limit", "1") == 1
+
+
+def test_render_takes_queries_and_phi(run: Run) -> None:
+    code, out, err = run("render", "--family", "cmp_mlp_fwd", "--phi-hidden", "64", "--seq", "4k")
+    assert code == 0 and '"HIDDEN":64' in out, err
+    assert run("render", "--family", FAMILY, "--seq", "4k", "--seq-q", "16")[0] == 0
+    code, _, err = run("render", "--family", FAMILY, "--seq", "4k", "--seq-q", "8k")
+    assert code == 2 and "seq_q=8192, seq=4096" in err
+
+
+def test_csv_without_rows_is_a_header(run: Run, database: str) -> None:
+    for table in ("winners", "trials"):
+        query = ("db", "query", "--db", database, "--format", "csv", "--table", table)
+        full = run(*query)[1].splitlines()
+        code, out, _ = run(*query, "--gpu", "H100")
+        assert (code, out.splitlines()) == (0, full[:1]) and len(full) > 1
+        code, _, err = run(*query, "--gpu", "H100", "--columns", "famly")
+        assert code == 2 and "famly" in err
+
+
+TABLE = {
+    "title": "times",
+    "columns": ("family", "problem", "median us", "p20 us", "p80 us", "library"),
+    "rows": [("slc_select_fwd", "T 65536 HQ 64 H 4 d 192/128 bfloat16", 12345.6, 1.25, None, "flash [x]")],
+    "numbers": ("median us", "p20 us", "p80 us"),
+    "less_important": ("p20 us", "p80 us", "library"),
+}
+
+
+def table_text(width: int) -> str:
+    text = io.StringIO()
+    Console(file=text, width=width).print(make_table(**TABLE, width=width))
+    return text.getvalue()
+
+
+def test_a_wide_table_shows_every_column_on_one_line() -> None:
+    lines = [line for line in table_text(200).splitlines() if line.strip()]
+    assert lines[1].split() == ["family", "problem", "median", "us", "p20", "us", "p80", "us", "library"]
+    assert lines[3].split("  ")[0].strip() == "slc_select_fwd"
+    assert "T 65536 HQ 64 H 4 d 192/128 bfloat16" in lines[3] and "12346" in lines[3] and "flash [x]" in lines[3]
+    assert "left out" not in table_text(200)
+
+
+@pytest.mark.parametrize(("width", "left_out"), [(80, []), (66, ["p20 us"]), (60, ["p20 us", "p80 us"])])
+def test_a_narrow_table_leaves_columns_out_and_breaks_no_number(width: int, left_out: list[str]) -> None:
+    text = table_text(width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "12346" in text and "slc_select_fwd" in text and "bfloat16" in text
+    assert [
+        name for name in TABLE["less_important"] if name in " ".join(text.partition("left out")[2].split())
+    ] == left_out
+    assert ("1.25" in text) == (not left_out)
+
+
+@pytest.mark.parametrize("table", ["winners", "trials"])
+def test_a_query_is_readable_in_80_columns(
+    run: Run, database: str, table: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nsa_autotune.cli.console.PLAIN_WIDTH", 80)
+    code, out, _ = run("db", "query", "--db", database, "--table", table)
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 80
+    words = out.split()
+    assert {FAMILY, "family", "problem", "median_us", "65536" if table == "winners" else "status"} <= set(words)
+    assert "left out" in out and "…" not in out
 
 
 def test_query_as_table(run: Run, database: str) -> None:

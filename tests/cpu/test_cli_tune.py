@@ -15,7 +15,7 @@ from nsa_autotune.db.store import TuningStore
 from nsa_autotune.dispatch.fingerprint import Fingerprint
 from nsa_autotune.kernels import all_specs, get_spec
 from nsa_autotune.search.budget import NAMED_BUDGETS, Budget
-from nsa_autotune.spec import Config, Problem
+from nsa_autotune.spec import Config, KernelSpec, Problem
 
 FINGERPRINT = {"gpu": "Test GPU", "capability": "9.0", "driver": "1", "cuda": "13.0", "torch": "2.11", "triton": "3.6"}
 COMMAND = ("tune", "--families", "gate_sum_fwd", "--seq", "1k,2k", "--trials", "6", "--jobs", "1")
@@ -149,6 +149,57 @@ def test_without_a_gpu_predictions_are_labelled(
     assert "none runs" in capsys.readouterr().out and calls[-1] == "cuda:80 2048"
 
 
+def test_ctrl_c_while_predicting_shows_what_was_found(
+    monkeypatch: pytest.MonkeyPatch, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nsa_autotune.dispatch.fingerprint import for_target
+    from nsa_autotune.search import predict
+    from nsa_autotune.search.task import Task
+
+    def interrupted(spec: KernelSpec, problem: Problem, *, target: str, store: TuningStore, **_: object) -> None:
+        task = Task(spec, problem, for_target(target).to_dict(), predict.template_digest(spec))
+        resources = {"registers": 37, "shared_bytes": 2048}
+        store.add_trial(task.prediction(spec.default_config(problem), "ok", "", resources, 43.21))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(predict, "predict_problem", interrupted)
+    assert main([*COMMAND, "--db", url, "--no-check", "--target", "cuda:90"]) == 130
+    captured = capsys.readouterr()
+    assert "43.21" in captured.out and "37" in captured.out and "T 1024" in captured.out
+    assert "T 2048" not in captured.out
+    assert "everything found is kept" in " ".join(captured.err.split())
+
+
+def test_final_tables_are_readable_in_80_columns(
+    on_a_gpu: type[FakeWorker], url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nsa_autotune.search.ranking import Prediction
+
+    monkeypatch.setattr("nsa_autotune.cli.console.PLAIN_WIDTH", 80)
+    assert main([*COMMAND, "--db", url]) == 0
+    spec = get_spec("slc_select_fwd")
+    ranked = [Prediction(spec.default_config(Problem()), 12345.6, {"registers": 255, "shared_bytes": 200_000})]
+    tune_run.print_predictions("cuda:90", [tune_run.Guess(spec, Problem(), ranked)])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80 and "…" not in out
+    assert {"gate_sum_fwd", "slc_select_fwd", "12346", "gain", "winner", "config"} <= set(out.split())
+
+
+def test_queries_and_phi_reach_the_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[tune_run.Run] = []
+    monkeypatch.setattr(tune_command, "execute", lambda run: runs.append(run) or 0)
+    arguments = ["tune", "--target", "cuda:90", "--seq", "4k,8k", "--seq-q", "1", "--phi-hidden", "64"]
+    assert main([*arguments, "--families", "cmp_mlp_fwd,win_attn_fwd"]) == 0
+    found = {(spec.family, p.seq_q, p.seq_k, p.phi_hidden) for spec, p in runs[0].work}
+    assert {row for row in found if row[0] == "win_attn_fwd"} == {
+        ("win_attn_fwd", 1, 4096, 64),
+        ("win_attn_fwd", 1, 8192, 64),
+    }
+    assert {row[3] for row in found} == {64}
+    assert main(["tune", "--target", "cuda:90", "--seq", "4k"]) == 0
+    assert {(p.seq_q, p.seq_k, p.phi_hidden) for _, p in runs[1].work} == {(4096, 4096, 128)}
+
+
 def test_a_target_is_predicted_for_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert tune_command.choose_target("cuda:80") == "cuda:80"
@@ -206,3 +257,28 @@ def test_minutes_are_shared_among_what_is_left(monkeypatch: pytest.MonkeyPatch) 
         found.append((problem.seq_k, budget.max_trials, budget.max_minutes))
         now += {64: 2.0, 128: 0.0, 256: 60.0, 512: 0.0}[problem.seq_k] * 60
     assert found == [(64, 9, 2.0), (128, 9, 2.0), (256, 9, 3.0), (512, 9, tune_run.LEAST_MINUTES)]
+
+
+def test_a_database_that_cannot_be_written_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"sqlite:///{tmp_path / 't.sqlite'}"
+    TuningStore(url).close()
+    monkeypatch.setattr("nsa_autotune.db.store.is_read_only", lambda location: True)
+    monkeypatch.setattr(tune_run, "predict", lambda *a: pytest.fail("work was begun"))
+    monkeypatch.setattr(tune_run, "check_in_interpreter", lambda *a: pytest.fail("work was begun"))
+    line = (
+        "tune",
+        "--preset",
+        "tiny",
+        "--families",
+        "gate_sum_fwd",
+        "--seq",
+        "512",
+        "--target",
+        "cuda:90",
+        "--db",
+        url,
+    )
+    assert main(line) == 2
+    assert "can be written" in capsys.readouterr().err

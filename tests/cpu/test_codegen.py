@@ -487,5 +487,28 @@ def test_ctrl_c_ends_the_pool_and_its_processes(tmp_path: Path) -> None:
         os.killpg(process.pid, 0)
 
 
+def test_the_pool_dies_with_its_parent(tmp_path: Path) -> None:
+    process = child(tmp_path, "forever")
+    assert process.stdout is not None and process.stdout.readline() == "started\n"
+    listing = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 30
+    while len(children := listing.read_text(encoding="utf-8").split()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(children) == 2
+    process.kill()
+    process.wait()
+    while any(_lives(pid) for pid in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in children if _lives(pid)]
+
+
+def _lives(pid: str) -> bool:
+    """False for a process that is gone, or that only waits to be reaped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def _children(pid: int) -> int:
     return len(Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split())

@@ -386,3 +386,10 @@ def test_a_fingerprint_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch)
     current.cache_clear()
     with pytest.raises(InvalidInput, match="a fingerprint needs a CUDA device"):
         current("cuda:0")
+
+
+def test_a_prediction_stored_as_a_winner_is_not_served() -> None:
+    spec, problem = get_spec("gate_sum_fwd"), Problem()
+    config = {**spec.default_config(problem), "BLOCK": 512}
+    winner = FakeWinner(problem.to_dict(), config, for_target("cuda:90").to_dict(), family="gate_sum_fwd")
+    assert choose(spec, problem, [winner], HERE, DIGEST).step is Step.DEFAULT

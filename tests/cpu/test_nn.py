@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsa_autotune import NativeSparseAttention, NSAConfig, reference
+from nsa_autotune import NativeSparseAttention, NSAConfig, ops, reference
 from nsa_autotune.errors import InvalidConfig, InvalidInput
 from nsa_autotune.layout import packed_layout
 from nsa_autotune.reference import PhiWeights
@@ -226,3 +226,25 @@ def test_impossible_sizes_raise(changes: dict[str, Any], sentence: str) -> None:
 def test_repr_tells_the_constants() -> None:
     text = repr(build(share_kv=True))
     assert "kv shared" in text and "compression=mlp" in text and "window_size=10" in text
+
+
+def test_the_module_hands_strict_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    real = ops.nsa_attention
+    monkeypatch.setattr(ops, "nsa_attention", lambda *a, **k: (seen.append(k["strict"]), real(*a, **k))[1])
+    for strict in (False, True):
+        module = NativeSparseAttention(16, 2, 1, 8, config=NSAConfig(8, 4, 16, num_selected=4), strict=strict)
+        module(torch.randn(1, 9, 16))
+    assert seen == [False, True]
+
+
+@pytest.mark.parametrize("x", [[1, 2], None])
+def test_what_is_no_tensor_is_refused(x: object) -> None:
+    module = NativeSparseAttention(16, 2, 1, 8)
+    with pytest.raises(InvalidInput, match=r"torch\.Tensor"):
+        module(x)
+
+
+def test_a_config_that_is_none_of_ours_is_refused() -> None:
+    with pytest.raises(InvalidConfig, match="NSAConfig"):
+        NativeSparseAttention(16, 2, 1, 8, config={"window_size": 3})  # type: ignore[arg-type]

@@ -283,11 +283,12 @@ def test_packed_compressed_rows_must_be_those_of_the_layout() -> None:
 
 
 def test_kernels_refuse_float64_queries_on_cuda() -> None:
-    class CudaQuery:
-        is_cuda, dtype, ndim, shape = True, torch.float64, 4, (1, 2, 3, 4)
+    class CudaQuery(Tensor):
+        is_cuda = True
 
+    q = torch.zeros(1, 2, 3, 4, dtype=torch.float64).as_subclass(CudaQuery)
     with pytest.raises(InvalidInput, match="kernels serve bfloat16, float16 or float32"):
-        checks.check_query(CudaQuery(), None)  # type: ignore[arg-type]
+        checks.check_query(q, None)
 
 
 # what kernels can read
@@ -558,3 +559,22 @@ def test_strict_reaches_the_dispatcher(recorder: Recorder, monkeypatch: pytest.M
     with pytest.raises(NotTuned, match="--families cmp_pool_fwd"):
         ops.nsa_attention(**given, config=CONFIG, dispatcher=served, strict=True)
     assert not served.strict and launches.rows(None, "q_pos") == {"q_pos": None}
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (None, "torch.Tensor"),
+        ([1.0], "torch.Tensor"),
+        (torch.zeros(1, 4, 2, 8, dtype=torch.int64), "floating-point"),
+        (torch.zeros(1, 4, 2, 8, dtype=torch.complex64), "floating-point"),
+        (torch.zeros(1, 4, 2, 8, device="meta"), "on the (CPU or a CUDA )?device|beside q"),
+    ],
+    ids=["none", "list", "int", "complex", "meta"],
+)
+@pytest.mark.parametrize("place", range(4))
+def test_what_no_kernel_reads_is_refused(bad: object, words: str, place: int) -> None:
+    good: list[Any] = [torch.zeros(1, 4, heads, 8) for heads in (2, 1, 1)] + [torch.zeros(1, 4, 2, 3)]
+    good[place] = bad
+    with pytest.raises(InvalidInput, match=words):
+        ops.nsa_attention(*good, config=NSAConfig())

@@ -66,6 +66,20 @@ def test_bad_seq_lens_are_refused_with_the_remedy(text: str) -> None:
         parse_seq_lens(text)
 
 
+def test_seq_lens_are_bounded() -> None:
+    assert parse_seq_lens("16m") == (16 * 1024 * 1024,)
+    for text in ("17m", "16777217", "9" * 5000):
+        with pytest.raises(InvalidProblem, match="at most 16m tokens"):
+            parse_seq_lens(text)
+
+
+def test_fewer_queries_than_keys() -> None:
+    base = get_preset("tiny").problem
+    assert [(p.seq_q, p.seq_k) for p in (at_seq_len(base, 64), at_seq_len(base, 64, 3))] == [(64, 64), (3, 64)]
+    with pytest.raises(InvalidProblem, match="--seq-q at most"):
+        at_seq_len(base, 64, 65)
+
+
 def test_one_tensor_families_have_a_problem_for_keys_and_one_for_values() -> None:
     paper = get_preset("paper-27b").problem
     for family in ("cmp_pool_fwd", "cmp_mlp_fwd"):
