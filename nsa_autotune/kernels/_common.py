@@ -126,17 +126,13 @@ TILES_FIT = Constraint("pipelined key tiles must fit in 227 KiB of shared memory
 TMA_16_BIT = Constraint(
     "TMA tiles are for 16-bit types (float32 serves checks only)", lambda p, c: not c["use_tma"] or p.dtype != "float32"
 )
-REGISTER_CAP_FITS = Constraint(
-    "a register cap must leave a program's registers within the 65536 of a multiprocessor",
-    lambda p, c: int(c["maxnreg"]) * 32 * int(c["num_warps"]) <= 65536,
-)
 
 
 TILE_PARAMS = (
     Param("BLOCK_T", (1, 2, 4, 8, 16, 32, 64, 128), "query tokens a tile"),
     Param("BLOCK_N", (16, 32, 64, 128), "keys a tile"),
 )
-TILE_CONSTRAINTS = (ROWS_16_TO_128, NO_IDLE_TOKENS, ACCUMULATORS_FIT, TILES_FIT, TMA_16_BIT, REGISTER_CAP_FITS)
+TILE_CONSTRAINTS = (ROWS_16_TO_128, NO_IDLE_TOKENS, ACCUMULATORS_FIT, TILES_FIT, TMA_16_BIT)
 
 
 def attention_arguments(keys: str, start: str, *extra: Argument) -> tuple[Argument, ...]:

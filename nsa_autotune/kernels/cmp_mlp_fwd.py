@@ -102,7 +102,6 @@ SPEC = KernelSpec(
     constraints=(
         Constraint("hidden sums and one output tile must fit in 240 registers a thread", _registers_fit),
         Constraint("pipelined tiles must fit in 227 KiB of shared memory", _tiles_fit),
-        c.REGISTER_CAP_FITS,
     ),
     rules=(
         ProblemRule(

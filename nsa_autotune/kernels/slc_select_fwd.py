@@ -157,7 +157,6 @@ SPEC = KernelSpec(
         Constraint("one tile of scores must fit in 240 registers a thread", _scores_fit),
         Constraint("pipelined key tiles must fit in 227 KiB of shared memory", _keys_fit),
         c.TMA_16_BIT,
-        c.REGISTER_CAP_FITS,
     ),
     rules=(
         *c.ATTENTION_RULES,
