@@ -107,13 +107,6 @@ class Param:
     doc: str
     structural: bool = False
 
-    @property
-    def is_exponent(self) -> bool:
-        """True for powers of two, which are searched by their exponent."""
-        return len(self.values) > 1 and all(
-            isinstance(v, int) and not isinstance(v, bool) and v > 0 and v & (v - 1) == 0 for v in self.values
-        )
-
 
 @dataclass(frozen=True)
 class Constraint:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..codegen.shapes import resolve_dtype
 from ..errors import InvalidInput
 from ..spec import Argument, KernelSpec, Problem
 from .compare import AccuracyReport, compare_blocks, compare_floats
@@ -21,7 +22,6 @@ from .inputs import (
     find_vectors,
     make_inputs,
     poison,
-    resolve_dtype,
     storage_bytes,
 )
 from .parts import Part, sampled, whole

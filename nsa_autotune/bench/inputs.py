@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..codegen.shapes import INDEX_FILLS, resolve_dtype, resolve_shape, symbol_sizes
 from ..errors import InvalidInput
 from ..layout import PackedLayout, packed_layout
 from ..spec import Argument, KernelSpec, Problem
@@ -20,7 +21,6 @@ from .fills import causal_lse, select_at_random
 
 GUARD_BYTES = 1 << 16  # on both sides of every tensor
 POISONS = ((math.nan, -7777), (3e4, 1 << 20))  # (float, int): what no kernel writes
-INDEX_FILLS = ("q_pos", "k_start", "cmp_start", "cmp_source")  # tensors of the packed layout; None when batched
 RANDOM_FILLS = ("normal", "weight", "gates", "bias")
 
 
@@ -43,7 +43,7 @@ def make_inputs(spec: KernelSpec, problem: Problem, device: torch.device | str, 
     """Tensors for every argument of the family, drawn on the device and equal for equal seeds; outputs are poisoned."""
     device = torch.device(device)
     layout = make_layout(problem, device, seed) if problem.layout == "packed" else None
-    sizes = symbol_sizes(problem, layout)
+    sizes = symbol_sizes(problem)
     tensors: dict[str, Tensor | None] = {}
     scale = problem.d_qk**-0.5
     for argument in sorted(spec.arguments, key=lambda a: a.fill == "lse"):  # lse is computed from the others
@@ -97,48 +97,6 @@ def make_layout(problem: Problem, device: torch.device, seed: int) -> PackedLayo
         )
     offsets_q, offsets_k = (torch.tensor(o, device=device) for o in packed_offsets(problem, seed))
     return packed_layout(offsets_q, offsets_k, problem.seq_q, problem.seq_k, problem.nsa)
-
-
-def symbol_sizes(problem: Problem, layout: PackedLayout | None) -> dict[str, tuple[int, ...]]:
-    """Dimensions behind each symbol of `Argument.shape`."""
-    nsa = problem.nsa
-    batch = (problem.batch,) if layout is None else ()
-    num_cmp = nsa.num_compressed(problem.seq_k) if layout is None else layout.num_cmp_rows
-    single = {
-        "HQ": problem.num_q_heads,
-        "H": problem.num_kv_heads,
-        "G": problem.group_size,
-        "D_QK": problem.d_qk,
-        "D_V": problem.d_v,
-        "N": nsa.num_selected,
-        "L": nsa.compress_block_size,
-        "L_DQK": nsa.compress_block_size * problem.d_qk,
-        "L_DV": nsa.compress_block_size * problem.d_v,
-        "HIDDEN": problem.phi_hidden,
-    }
-    rows = {"Q": (*batch, problem.seq_q), "K": (*batch, problem.seq_k), "C": (*batch, num_cmp)}
-    return {**rows, **{name: (size,) for name, size in single.items()}}
-
-
-def resolve_shape(argument: Argument, sizes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of an argument in numbers."""
-    shape: list[int] = []
-    for symbol in argument.shape:
-        if isinstance(symbol, int):
-            shape.append(symbol)
-        elif symbol in sizes:
-            shape.extend(sizes[symbol])
-        else:
-            raise InvalidInput(f"a shape's symbol must be one of {', '.join(sizes)}", {argument.name: argument.shape})
-    return tuple(shape)
-
-
-def resolve_dtype(argument: Argument, problem: Problem) -> torch.dtype:
-    """The torch dtype of an argument; 'problem' stands for the problem's."""
-    dtype = getattr(torch, problem.dtype if argument.dtype == "problem" else argument.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise InvalidInput("an argument's dtype must be 'problem' or a torch dtype", {argument.name: argument.dtype})
-    return dtype
 
 
 def empty_guarded(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

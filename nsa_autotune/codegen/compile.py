@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import os
 import re
 import subprocess
@@ -13,11 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import KernelError
-from ..layout import packed_cmp_rows
-from ..spec import Argument, Config, KernelSpec, Problem
+from ..spec import Config, KernelSpec, Problem
 from .load import explain, load
 from .render import Rendered, render
+from .shapes import INDEX_FILLS, resolve_dtype, resolve_shape, symbol_sizes
 from .target import Target, absent_gpu, parse_target, shared_limit_bytes
 
 __all__ = ["Resources", "compile_variant", "meta_arguments", "parse_target", "shared_limit_bytes"]
@@ -41,38 +42,15 @@ class Resources:
 
 def meta_arguments(spec: KernelSpec, problem: Problem, scale: float = 0.125) -> dict[str, Any]:
     """Launch arguments as tensors without storage: enough to compile."""
-    import torch
-
-    nsa, packed = problem.nsa, problem.layout == "packed"
-    rows_c = packed_cmp_rows(problem.seq_k, problem.batch, nsa) if packed else nsa.num_compressed(problem.seq_k)
-    single = {
-        "HQ": problem.num_q_heads,
-        "H": problem.num_kv_heads,
-        "D_QK": problem.d_qk,
-        "D_V": problem.d_v,
-        "N": nsa.num_selected,
-        "L_DQK": nsa.compress_block_size * problem.d_qk,
-        "HIDDEN": problem.phi_hidden,
-    }
-    tokens = {"Q": problem.seq_q, "K": problem.seq_k, "C": rows_c}
-
-    def shape(argument: Argument) -> list[int]:
-        sizes: list[int] = []
-        for symbol in argument.shape:
-            if symbol in tokens:
-                sizes += [tokens[str(symbol)]] if packed else [problem.batch, tokens[str(symbol)]]
-            else:
-                sizes.append(single[symbol] if isinstance(symbol, str) else symbol)
-        return sizes
-
+    sizes, packed = symbol_sizes(problem), problem.layout == "packed"
     values: dict[str, Any] = dict(spec.scalar_values(problem, scale))
     for argument in spec.arguments:
-        if argument.fill in ("q_pos", "k_start", "cmp_start", "cmp_source"):
-            length = rows_c if argument.fill == "cmp_source" else problem.seq_q
+        if argument.fill in INDEX_FILLS:
+            (*_, length) = sizes["C" if argument.fill == "cmp_source" else "Q"]
             values[argument.name] = torch.empty(length, dtype=torch.int32, device="meta") if packed else None
-            continue
-        dtype = getattr(torch, problem.dtype if argument.dtype == "problem" else argument.dtype)
-        values[argument.name] = torch.empty(shape(argument), dtype=dtype, device="meta")
+        else:
+            shape, dtype = resolve_shape(argument, sizes), resolve_dtype(argument, problem)
+            values[argument.name] = torch.empty(shape, dtype=dtype, device="meta")
     return values
 
 
@@ -89,9 +67,6 @@ def compile_variant(spec: KernelSpec, problem: Problem, config: Config, target: 
     rendered = render(spec, problem, config)
     module = load(rendered)
     arguments = meta_arguments(spec, problem)
-    arguments = {
-        name: value for name, value in arguments.items() if name in inspect.signature(module.launch).parameters
-    }
     started = time.perf_counter()
     try:
         with absent_gpu(goal):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..spec import Config, KernelSpec, Problem
-from .load import write_atomic
+from .load import source_path, write_atomic
 from .paths import CHECKOUT
 from .render import render
 
@@ -84,8 +84,8 @@ def write_goldens(specs: Iterable[KernelSpec], folder: Path = GOLDEN_DIR) -> lis
 
 
 def write_winner(spec: KernelSpec, problem: Problem, config: Config, arch: str, folder: Path = WINNERS_DIR) -> Path:
-    """A readable copy of a served variant: `winners/<arch>/<family>__<seq>__<digest>.py`."""
+    """A readable copy of a served variant: `winners/<arch>/<family>__<digest>.py`."""
     rendered = render(spec, problem, config)
-    path = folder / arch / f"{spec.family}__{rendered.digest}.py"
+    path = source_path(rendered, folder / arch)
     write_atomic(path, rendered.source)
     return path

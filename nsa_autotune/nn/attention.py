@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..config import NSAConfig
 from ..errors import InvalidConfig, InvalidInput
+from ..ops.checks import check_cu_seqlens
 from ..reference import PhiWeights
 
 if TYPE_CHECKING:
@@ -166,25 +167,7 @@ class NativeSparseAttention(nn.Module):
             dtypes = {"x": str(x.dtype), "module": str(weight.dtype)}
             raise InvalidInput("x must have the dtype of the module", dtypes, "Use .to(dtype), or torch.autocast.")
         if cu_seqlens is not None:
-            check_cu_seqlens(cu_seqlens, x)
-
-
-def check_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> None:
-    """int32 `[S + 1]` beside packed x; its values are read on the CPU only, where that waits for nobody."""
-    values = {"dtype": str(cu_seqlens.dtype), "shape": tuple(cu_seqlens.shape), "device": str(cu_seqlens.device)}
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
-        raise InvalidInput("cu_seqlens must be int32 [S + 1] with S >= 1", values, "Use cu_seqlens.int().")
-    if cu_seqlens.device != x.device:
-        remedy = f"Use cu_seqlens.to({str(x.device)!r})."
-        raise InvalidInput("cu_seqlens must be on the device of x", values, remedy)
-    if cu_seqlens.device.type == "cpu":
-        first, last, steps = cu_seqlens[0].item(), cu_seqlens[-1].item(), cu_seqlens.diff()
-        if first != 0 or last != x.shape[0] or bool((steps < 0).any()):
-            raise InvalidInput(
-                "cu_seqlens must rise from 0 to the number of tokens",
-                {"cu_seqlens": cu_seqlens.tolist(), "tokens": x.shape[0]},
-                "It is the cumulative sum of the lengths, after a 0.",
-            )
+            check_cu_seqlens("cu_seqlens", cu_seqlens, x)
 
 
 def token_positions(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:

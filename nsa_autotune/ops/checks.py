@@ -106,19 +106,18 @@ def check_gates(gates: Tensor, q: Tensor) -> None:
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: Tensor) -> None:
     """int32 [S + 1] beside packed tokens; values are read only on the CPU, where that waits for nobody."""
+    facts = {"dtype": str(cu_seqlens.dtype), "shape": tuple(cu_seqlens.shape), "device": str(cu_seqlens.device)}
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
-        values = {"dtype": str(cu_seqlens.dtype), "shape": tuple(cu_seqlens.shape)}
-        raise InvalidInput(f"{name} must be int32 [S + 1] with S >= 1", values, f"Use {name}.int().")
+        raise InvalidInput(f"{name} must be int32 [S + 1] with S >= 1", facts, f"Use {name}.int().")
     if cu_seqlens.device != tokens.device:
-        values = {name: str(cu_seqlens.device), "tokens": str(tokens.device)}
-        raise InvalidInput(f"{name} must be on the device of the tokens", values, f"Use {name}.to(q.device).")
+        remedy = f"Use {name}.to({str(tokens.device)!r})."
+        raise InvalidInput(f"{name} must be on the device of the tokens", facts, remedy)
     if not cu_seqlens.is_cuda:
         first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
         if first != 0 or last != tokens.shape[0] or bool((cu_seqlens.diff() < 0).any()):
-            values = {name: str(cu_seqlens.tolist()), "tokens": str(tokens.shape[0])}
-            raise InvalidInput(
-                f"{name} must rise from 0 to the number of tokens", values, "Sum the lengths up, after a 0."
-            )
+            values = {name: cu_seqlens.tolist(), "tokens": tokens.shape[0]}
+            remedy = "It is the cumulative sum of the lengths, after a 0."
+            raise InvalidInput(f"{name} must rise from 0 to the number of tokens", values, remedy)
 
 
 def readable(x: Tensor) -> Tensor:

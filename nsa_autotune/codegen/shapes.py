@@ -1,0 +1,53 @@
+"""The tensors that a launch takes, in numbers: symbols of `Argument.shape` and dtypes resolved for one problem."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import InvalidInput
+from ..layout import packed_cmp_rows
+from ..spec import Argument, Problem
+
+INDEX_FILLS = ("q_pos", "k_start", "cmp_start", "cmp_source")  # tensors of the packed layout; None when batched
+
+
+def symbol_sizes(problem: Problem) -> dict[str, tuple[int, ...]]:
+    """Dimensions behind each symbol of `Argument.shape`."""
+    nsa, packed = problem.nsa, problem.layout == "packed"
+    batch = () if packed else (problem.batch,)
+    num_cmp = packed_cmp_rows(problem.seq_k, problem.batch, nsa) if packed else nsa.num_compressed(problem.seq_k)
+    single = {
+        "HQ": problem.num_q_heads,
+        "H": problem.num_kv_heads,
+        "G": problem.group_size,
+        "D_QK": problem.d_qk,
+        "D_V": problem.d_v,
+        "N": nsa.num_selected,
+        "L": nsa.compress_block_size,
+        "L_DQK": nsa.compress_block_size * problem.d_qk,
+        "L_DV": nsa.compress_block_size * problem.d_v,
+        "HIDDEN": problem.phi_hidden,
+    }
+    rows = {"Q": (*batch, problem.seq_q), "K": (*batch, problem.seq_k), "C": (*batch, num_cmp)}
+    return {**rows, **{name: (size,) for name, size in single.items()}}
+
+
+def resolve_shape(argument: Argument, sizes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of an argument in numbers."""
+    shape: list[int] = []
+    for symbol in argument.shape:
+        if isinstance(symbol, int):
+            shape.append(symbol)
+        elif symbol in sizes:
+            shape.extend(sizes[symbol])
+        else:
+            raise InvalidInput(f"a shape's symbol must be one of {', '.join(sizes)}", {argument.name: argument.shape})
+    return tuple(shape)
+
+
+def resolve_dtype(argument: Argument, problem: Problem) -> torch.dtype:
+    """The torch dtype of an argument; 'problem' stands for the problem's."""
+    dtype = getattr(torch, problem.dtype if argument.dtype == "problem" else argument.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise InvalidInput("an argument's dtype must be 'problem' or a torch dtype", {argument.name: argument.dtype})
+    return dtype
