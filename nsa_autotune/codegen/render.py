@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import jinja2
+import jinja2.meta
 
 from ..errors import RenderError
 from ..spec import Config, KernelSpec, Problem, Value, canonical_json
@@ -59,19 +60,29 @@ def _environment(folder: Path) -> jinja2.Environment:
 
 @cache
 def _digest_of(folder: Path, template: str) -> str:
-    files = [folder / template, *sorted((folder / "common").glob("*.j2"))]
     content = hashlib.sha256()
-    for file in files:
-        content.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    for name in _sources_of(folder, template):
+        content.update(name.encode() + b"\0" + (folder / name).read_bytes() + b"\0")
     return content.hexdigest()[:20]
 
 
+def _sources_of(folder: Path, template: str) -> list[str]:
+    """The template and every file it imports, directly or through another, each once."""
+    names = [template]
+    for name in names:  # grows while it is walked
+        tree = _environment(folder).parse((folder / name).read_text(encoding="utf-8"), name)
+        names += sorted({found for found in jinja2.meta.find_referenced_templates(tree) if found} - set(names))
+    return names
+
+
 def template_digest(spec: KernelSpec) -> str:
-    """Digest of a family's template and of the macros all templates share."""
+    """Digest of a family's template and of the macro files it imports: a change elsewhere makes no winner stale."""
     try:
         return _digest_of(template_dir(), spec.template)
     except OSError as error:
         raise RenderError("a family needs its template", {"file": error.filename}, "Reinstall nsa_autotune.") from error
+    except jinja2.TemplateError as error:
+        raise RenderError(f"{spec.family} does not render: {error.message}", _where(error, spec.template)) from error
 
 
 def _where(error: jinja2.TemplateError, template: str) -> dict[str, object]:
