@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
     """Measure, print and write; 0 if everything of ours ran, 2 after a mistake."""
     options = parse(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)  # fail before measuring, not after
-    command = shlex.join(["python", "benchmarks/forward.py", *arguments])
+    command = shlex.join(["python", "benchmarks/forward.py", *without_places(arguments)])
     localities = tuple(split([options.locality]))
     extras: list[Extra] = [partial(module_entry, hidden_size=options.hidden_size)] if options.module else []
     try:
@@ -75,6 +75,18 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--hidden-size", type=int, default=4096, help="of the module")
     parser.add_argument("--folder", type=Path, default=RESULTS)
     return parser.parse_args(arguments)
+
+
+def without_places(arguments: Sequence[str]) -> list[str]:
+    """The arguments but for paths of this machine, which say nothing to others."""
+    kept: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word.partition("=")[0] not in ("--db", "--folder"):
+            kept.append(word)
+        elif "=" not in word:
+            next(words, None)
+    return kept
 
 
 def write_results(report: Report, folder: Path) -> list[Path]:

@@ -126,16 +126,17 @@ class _Tuning:
         return seeds + everything
 
     def search_configs(self) -> None:
-        """Measure proposals until the budget or the space is exhausted."""
+        """Measure proposals until the budget or the space is exhausted; at least one batch until something works."""
         spec, problem = self.task.spec, self.task.problem
-        while not self.meter.exhausted:
-            configs = self._proposals()
+        first = True
+        while not self.meter.exhausted or (first and not self.search.ranked()):
+            configs, first = self._proposals(), False
             if not configs:
                 return
             refused = self.preparer.prepare(spec, problem, configs) if self.preparer is not None else {}
             for config in configs:
-                if self.meter.exhausted:
-                    return
+                if self.meter.exhausted and self.search.ranked():
+                    return  # compiling may take all the time there was: what works is then worth one measurement
                 result = refused.get(config_key(config)) or self.measurer.measure(spec.family, problem, config)
                 self.meter.trials += 1
                 self._keep(self.task.trial(config, result, "search"))

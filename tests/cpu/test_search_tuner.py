@@ -6,7 +6,7 @@ import logging
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import optuna
@@ -39,7 +39,7 @@ from nsa_autotune.search.space import config_key
 from nsa_autotune.search.study import ConfigSearch
 from nsa_autotune.search.task import Task, seed_configs
 from nsa_autotune.search.tuner import FINALISTS, tune_problem
-from nsa_autotune.spec import Config, Problem, ProblemRule, digest
+from nsa_autotune.spec import Config, KernelSpec, Problem, ProblemRule, digest
 
 SEEDS = range(3)
 TASK = Task(SPEC, PROBLEM, FINGERPRINT, digest_of(SPEC))
@@ -451,3 +451,19 @@ def test_the_real_worker_checks_and_tunes_a_real_family(store: TuningStore) -> N
     assert winner is not None and winner.template_digest == template_digest(spec)
     assert winner.default_config == spec.default_config(problem) and winner.default_median_us is not None
     assert winner.median_us <= winner.default_median_us
+
+
+def test_a_budget_that_compiling_used_up_still_measures_one_config(store: TuningStore) -> None:
+    clock = FakeClock(step_s=0.0)
+
+    class SlowCompiler:
+        batch = 4
+
+        def prepare(self, spec: KernelSpec, problem: Problem, configs: Sequence[Config]) -> Mapping[str, TrialResult]:
+            clock.now_s += 3600.0
+            return {}
+
+    measurer = FakeMeasurer(lambda config: 1.0)
+    winner = tune(store, measurer, budget=Budget(max_minutes=1.0), clock=clock, preparer=SlowCompiler())
+    assert winner is not None
+    assert len(measurer.measured) == 1
