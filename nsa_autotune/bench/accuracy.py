@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,7 +44,10 @@ class Expected:
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs of one launch and all that is expected of it; `pristine` holds the inputs' bytes, if compared."""
+    """Inputs of one launch and all that is expected of it; `pristine` holds the inputs' bytes, if compared.
+
+    The checked launch takes `replaced` in place of inputs of the same name; a clock takes `inputs` as they are.
+    """
 
     spec: KernelSpec
     problem: Problem
@@ -52,6 +55,12 @@ class Case:
     expected: tuple[Expected, ...]
     pristine: Mapping[str, Tensor]
     launches: int = 1  # each with other poison in the outputs
+    replaced: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def checked(self) -> TrialInputs:
+        """What the checked launch takes."""
+        return replace(self.inputs, tensors={**self.inputs.tensors, **self.replaced})
 
 
 def gate_problem(problem: Problem) -> Problem:
@@ -107,8 +116,9 @@ def prepare_gate(spec: KernelSpec, problem: Problem, device: torch.device | str,
 def prepare_rows(spec: KernelSpec, problem: Problem, inputs: TrialInputs, seed: int = 0, rows: int = 32) -> Case:
     """Inputs and expectations of `check_rows`."""
     device = next(tensor.device for tensor in inputs.tensors.values() if tensor is not None)
-    parts = sampled(spec, problem, inputs, device, rows, seed)
-    return Case(spec, problem, inputs, tuple(expect(spec, part, inputs) for part in parts), {})
+    sample = sampled(spec, problem, inputs, device, rows, seed)
+    case = Case(spec, problem, inputs, (), {}, replaced=sample.replaced)
+    return replace(case, expected=tuple(expect(spec, part, case.checked) for part in sample.parts))
 
 
 @torch.no_grad()
@@ -150,7 +160,7 @@ def _launch_and_judge(case: Case, launch: Launch, which: int) -> list[AccuracyRe
         guards[name] = bytes_of[:GUARD_BYTES].clone()
         if tensor.is_cuda:
             torch.cuda.synchronize(tensor.device)
-    case.inputs.call(launch)
+    case.checked.call(launch)
     if any(tensor.is_cuda for tensor in outputs.values() if tensor is not None):
         torch.cuda.synchronize()
     reports = [_stray_writes(case, guards)]

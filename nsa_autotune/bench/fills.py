@@ -1,4 +1,4 @@
-"""Values that random numbers alone do not give: a causal selection with locality, and the true log-sum-exp."""
+"""Values that random numbers alone do not give: a causal selection with locality, and log-sum-exps."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..config import NSAConfig
 
+LSE_EXCESS = 0.5  # of log(mean exp(s)) over log(1), for scores of unit variance
 SCORE_ELEMENTS = 1 << 26  # most scores held at once by `causal_lse`, in float32 elements
 
 
@@ -81,3 +82,18 @@ def causal_lse(q: Tensor, k_cmp: Tensor, positions: Tensor, config: NSAConfig, s
         part = scores.masked_fill_(hidden, -math.inf).logsumexp(-1)  # [B, H, C, G]
         lse[:, start : start + chunk] = part.movedim(1, 2).flatten(2)
     return lse
+
+
+def likely_lse(fill: str, positions: Tensor, config: NSAConfig) -> Tensor:
+    """About the log-sum-exp of queries at `positions` `[TQ]` in branch `lse_cmp`, `lse_slc` or `lse_win`: `[TQ]`.
+
+    The number of visible keys tells it for scores of unit variance; -inf where there is none.
+    """
+    before = (positions.double() + 1).clamp_(min=0)  # keys up to the query
+    if fill == "lse_cmp":
+        past = (before - config.compress_block_size).div(config.compress_stride, rounding_mode="floor")
+        keys = (past + 1).clamp_(min=0)
+    else:
+        reach = config.window_size if fill == "lse_win" else config.num_selected * config.select_block_size
+        keys = before.clamp(max=reach)
+    return (keys.log() + LSE_EXCESS).float()

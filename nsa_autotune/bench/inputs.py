@@ -17,11 +17,13 @@ from ..codegen.shapes import INDEX_FILLS, resolve_dtype, resolve_shape, symbol_s
 from ..errors import InvalidInput
 from ..layout import PackedLayout, packed_layout
 from ..spec import Argument, KernelSpec, Problem
-from .fills import causal_lse, select_at_random
+from .fills import causal_lse, likely_lse, select_at_random
 
 GUARD_BYTES = 1 << 16  # on both sides of every tensor
 POISONS = ((math.nan, -7777), (3e4, 1 << 20))  # (float, int): what no kernel writes
-RANDOM_FILLS = ("normal", "weight", "gates", "bias")
+RANDOM_FILLS = ("normal", "weight", "gates", "bias", "delta")
+LSE_FILLS = ("lse_cmp", "lse_slc", "lse_win")  # about what the branch's forward returns, for a backward
+LSE_SPREAD = 0.1  # between the heads of a token
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,13 @@ def make_inputs(spec: KernelSpec, problem: Problem, device: torch.device | str, 
             _fill_blocks(tensor, problem, layout, generator)
         elif argument.fill == "lse":
             _fill_lse(tensor, spec, tensors, problem, layout, scale)
+        elif argument.fill in LSE_FILLS:
+            rows = likely_lse(argument.fill, query_positions(problem, layout, device), problem.nsa)
+            tensor.normal_(0.0, LSE_SPREAD, generator=generator).add_(rows[:, None])
         elif argument.fill in RANDOM_FILLS:
             _fill_random(tensor, argument, generator)
         elif not argument.is_output:
-            known = (*RANDOM_FILLS, *INDEX_FILLS, "lse", "blocks", "out")
+            known = (*RANDOM_FILLS, *INDEX_FILLS, *LSE_FILLS, "lse", "blocks", "out")
             raise InvalidInput(f"fill must be one of {', '.join(known)}", {argument.name: argument.fill})
         if layout is not None and argument.shape[:1] == ("C",) and not argument.is_output:
             tensor[layout.cmp_source < 0] = 0  # rows that no window fills are zero
@@ -124,7 +129,7 @@ def poison(tensor: Tensor, which: int = 0) -> None:
 
 
 def _fill_random(tensor: Tensor, argument: Argument, generator: torch.Generator) -> None:
-    spread = {"weight": max(tensor.shape[0], 1) ** -0.5 if tensor.dim() else 1.0, "bias": 0.1}
+    spread = {"weight": max(tensor.shape[0], 1) ** -0.5 if tensor.dim() else 1.0, "bias": 0.1, "delta": 0.1}
     tensor.normal_(0.0, spread.get(argument.fill, 1.0), generator=generator)
     if argument.fill == "gates":
         tensor.sigmoid_()

@@ -46,7 +46,7 @@ def meta_arguments(spec: KernelSpec, problem: Problem, scale: float = 0.125) -> 
     values: dict[str, Any] = dict(spec.scalar_values(problem, scale))
     for argument in spec.arguments:
         if argument.fill in INDEX_FILLS:
-            (*_, length) = sizes["C" if argument.fill == "cmp_source" else "Q"]
+            (*_, length) = sizes[INDEX_FILLS[argument.fill]]
             values[argument.name] = torch.empty(length, dtype=torch.int32, device="meta") if packed else None
         else:
             shape, dtype = resolve_shape(argument, sizes), resolve_dtype(argument, problem)

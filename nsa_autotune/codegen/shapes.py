@@ -8,7 +8,20 @@ from ..errors import InvalidInput
 from ..layout import packed_cmp_rows
 from ..spec import Argument, Problem
 
-INDEX_FILLS = ("q_pos", "k_start", "cmp_start", "cmp_source")  # tensors of the packed layout; None when batched
+INDEX_FILLS = {  # tensors of the packed layout and the symbol that counts their rows; None when batched
+    "q_pos": "Q",
+    "k_start": "Q",
+    "cmp_start": "Q",
+    "cmp_source": "C",
+    "win_begin": "K",
+    "win_end": "K",
+    "cmp_begin": "C",
+    "cmp_end": "C",
+    "slc_first": "NB",
+    "slc_end": "NB",
+    "k_pos": "K",
+    "k_cmp": "K",
+}
 
 
 def symbol_sizes(problem: Problem) -> dict[str, tuple[int, ...]]:
@@ -16,7 +29,9 @@ def symbol_sizes(problem: Problem) -> dict[str, tuple[int, ...]]:
     nsa, packed = problem.nsa, problem.layout == "packed"
     batch = () if packed else (problem.batch,)
     num_cmp = packed_cmp_rows(problem.seq_k, problem.batch, nsa) if packed else nsa.num_compressed(problem.seq_k)
+    ratio = nsa.select_block_size // nsa.compress_stride
     single = {
+        "NB": num_cmp // ratio if packed else nsa.num_select_blocks(problem.seq_k),
         "HQ": problem.num_q_heads,
         "H": problem.num_kv_heads,
         "G": problem.group_size,

@@ -10,7 +10,7 @@ from functools import cache
 from ..errors import UnknownName
 from ..spec import KernelSpec
 
-# order in which a forward pass uses the families; others follow by name
+# order in which a training step uses the families; others follow by name
 PIPELINE = (
     "cmp_pool_fwd",
     "cmp_mlp_fwd",
@@ -19,6 +19,15 @@ PIPELINE = (
     "slc_attn_fwd",
     "win_attn_fwd",
     "gate_sum_fwd",
+    "gate_sum_bwd",
+    "win_attn_bwd_dq",
+    "win_attn_bwd_dkv",
+    "slc_attn_bwd_dq",
+    "slc_attn_bwd_dkv",
+    "cmp_attn_bwd_dq",
+    "cmp_attn_bwd_dkv",
+    "cmp_mlp_bwd",
+    "cmp_pool_bwd",
 )
 
 

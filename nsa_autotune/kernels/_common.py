@@ -16,8 +16,12 @@ USE_TMA = Param("use_tma", (False, True), "load key tiles with tensor-memory-acc
 SPLIT_MASK = Param("split_mask", (False, True), "peel off the key tiles that every row sees whole", structural=True)
 SWAP = Param("swap", (False, True), "transpose the products: S^T = K Q^T", structural=True)
 
-PACKED_ARGUMENTS = {
-    name: Argument(name, (), "int32", fill=name) for name in ("q_pos", "k_start", "cmp_start", "cmp_source")
+PACKED_ARGUMENTS = {  # index tensors of PackedLayout
+    name: Argument(name, (), "int32", fill=name)
+    for name in (
+        *("q_pos", "k_start", "cmp_start", "cmp_source"),
+        *("win_begin", "win_end", "cmp_begin", "cmp_end", "slc_first", "slc_end", "k_pos", "k_cmp"),
+    )
 }
 
 

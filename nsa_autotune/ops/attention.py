@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from ..config import NSAConfig
@@ -9,7 +13,8 @@ from ..dispatch.dispatcher import Dispatcher
 from ..errors import InvalidInput
 from ..layout import PackedLayout, packed_layout
 from ..reference import PhiWeights
-from . import checks
+from . import checks, serve
+from .backward import Call, GatedAttention
 from .branches import combine, compress, compressed_attention, select_blocks, selected_attention, window_attention
 from .serve import default_dispatcher
 
@@ -59,13 +64,25 @@ def nsa_attention(
 
     k_cmp = compress(k, config, phi_k, layout=layout, dispatcher=dispatcher)
     v_cmp = compress(v, config, phi_v, layout=layout, dispatcher=dispatcher)
-    o_cmp, lse_cmp = compressed_attention(
-        q, k_cmp, v_cmp, config, seq_k=seq_k, scale=scale, layout=layout, dispatcher=dispatcher
-    )
-    blocks = select_blocks(q, k_cmp, lse_cmp, config, seq_k=seq_k, scale=scale, layout=layout, dispatcher=dispatcher)
-    o_slc, _ = selected_attention(q, k_slc, v_slc, blocks, config, scale=scale, layout=layout, dispatcher=dispatcher)
-    o_win, _ = window_attention(q, k_win, v_win, config, scale=scale, layout=layout, dispatcher=dispatcher)
-    return combine(gates, o_cmp, o_slc, o_win, dispatcher=dispatcher)
+    learning = serve.trains_on_kernels((q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates))
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not learning):  # GatedAttention has the gradients of all
+        o_cmp, lse_cmp = compressed_attention(
+            q, k_cmp, v_cmp, config, seq_k=seq_k, scale=scale, layout=layout, dispatcher=dispatcher
+        )
+        blocks = select_blocks(
+            q, k_cmp, lse_cmp, config, seq_k=seq_k, scale=scale, layout=layout, dispatcher=dispatcher
+        )
+        how: dict[str, Any] = {"scale": scale, "layout": layout, "dispatcher": dispatcher}
+        o_slc, lse_slc = selected_attention(q, k_slc, v_slc, blocks, config, **how)
+        o_win, lse_win = window_attention(q, k_win, v_win, config, **how)
+    if not learning:
+        return combine(gates, o_cmp, o_slc, o_win, dispatcher=dispatcher)
+    call = Call(config, seq_k, float(q.shape[-1]) ** -0.5 if scale is None else float(scale), layout, dispatcher)
+    branches = ((o_cmp, lse_cmp), (o_slc, lse_slc), (o_win, lse_win))
+    keys = (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)
+    gated = partial(combine, dispatcher=dispatcher)
+    out: Tensor = GatedAttention.apply(gated, call, blocks, branches, gates, q, *keys)  # type: ignore[no-untyped-call]
+    return out
 
 
 def _layout(

@@ -18,6 +18,7 @@ from ..errors import InvalidInput
 from ..layout import PackedLayout
 from ..reference import PhiWeights
 from . import checks, serve
+from .backward import Call, branch_gradients, combine_gradients, compress_gradients
 from .launches import launch_attention, launch_combine, launch_compress, launch_select, rows
 
 
@@ -38,15 +39,17 @@ def compress(
     if x.ndim != (4 if layout is None else 3):
         raise InvalidInput("keys to compress must be [B, T, H, D], or packed [T, H, D]", {"shape": tuple(x.shape)})
     kernel = partial(launch_compress, config=config, layout=layout, dispatcher=dispatcher)
+    gradient = partial(compress_gradients, config, layout, dispatcher)
     if phi is None:
-        result: Tensor = serve.run(kernel, partial(reference.compress_mean, config=config, layout=layout), [x])
+        mean = partial(reference.compress_mean, config=config, layout=layout)
+        result: Tensor = serve.run(kernel, mean, [x], gradient)
         return result
     _check_phi(x, phi, config)
 
     def mlp(x: Tensor, *weights: Tensor) -> Tensor:
         return reference.compress_mlp(x, PhiWeights(*weights), config, layout=layout)
 
-    blocks: Tensor = serve.run(kernel, mlp, [x, phi.position, phi.w1, phi.b1, phi.w2, phi.b2])
+    blocks: Tensor = serve.run(kernel, mlp, [x, phi.position, phi.w1, phi.b1, phi.w2, phi.b2], gradient)
     return blocks
 
 
@@ -88,7 +91,8 @@ def compressed_attention(
     how: dict[str, Any] = {"config": config, "seq_k": tokens, "scale": _scale(q, scale), "layout": layout}
     extra = {"seq_k": tokens, **rows(layout, "q_pos", "cmp_start")}
     kernel = partial(launch_attention, family="cmp_attn_fwd", dispatcher=dispatcher, extra=extra, **how)
-    o, lse = serve.run(kernel, partial(reference.compressed_attention, **how), [q, k_cmp, v_cmp])
+    gradient = partial(branch_gradients, "cmp", Call(dispatcher=dispatcher, **how), None)
+    o, lse = serve.run(kernel, partial(reference.compressed_attention, **how), [q, k_cmp, v_cmp], gradient)
     return o, lse
 
 
@@ -109,7 +113,7 @@ def select_blocks(
     checks.check_lse(lse, q)
     how: dict[str, Any] = {"config": config, "seq_k": tokens, "scale": _scale(q, scale), "layout": layout}
     kernel = partial(launch_select, dispatcher=dispatcher, **how)
-    blocks: Tensor = serve.run(kernel, partial(reference.select_blocks, **how), [q, k_cmp, lse])
+    blocks: Tensor = serve.run(kernel, partial(reference.select_blocks, **how), [q, k_cmp, lse], _no_gradient)
     return blocks
 
 
@@ -132,7 +136,8 @@ def selected_attention(
     kernel = partial(
         launch_attention, family="slc_attn_fwd", seq_k=k.shape[-3], dispatcher=dispatcher, extra=extra, **how
     )
-    o, lse = serve.run(kernel, partial(reference.selected_attention, blocks=blocks, **how), [q, k, v])
+    gradient = partial(branch_gradients, "slc", Call(seq_k=k.shape[-3], dispatcher=dispatcher, **how), extra["blocks"])
+    o, lse = serve.run(kernel, partial(reference.selected_attention, blocks=blocks, **how), [q, k, v], gradient)
     return o, lse
 
 
@@ -153,7 +158,8 @@ def window_attention(
     kernel = partial(
         launch_attention, family="win_attn_fwd", seq_k=k.shape[-3], dispatcher=dispatcher, extra=extra, **how
     )
-    o, lse = serve.run(kernel, partial(reference.window_attention, **how), [q, k, v])
+    gradient = partial(branch_gradients, "win", Call(seq_k=k.shape[-3], dispatcher=dispatcher, **how), None)
+    o, lse = serve.run(kernel, partial(reference.window_attention, **how), [q, k, v], gradient)
     return o, lse
 
 
@@ -167,8 +173,14 @@ def combine(
         if branch.shape != o_cmp.shape:
             raise InvalidInput(f"{name} must have the shape of o_cmp", {name: tuple(branch.shape)})
     kernel = partial(launch_combine, dispatcher=dispatcher)
-    out: Tensor = serve.run(kernel, reference.combine, [gates.to(o_cmp.dtype), o_cmp, o_slc, o_win])
+    tensors, gradient = [gates.to(o_cmp.dtype), o_cmp, o_slc, o_win], partial(combine_gradients, dispatcher)
+    out: Tensor = serve.run(kernel, reference.combine, tensors, gradient)
     return out
+
+
+def _no_gradient(*_: Any) -> list[None]:
+    """A selection passes no gradient on: q, k_cmp and lse get theirs from compressed attention."""
+    return [None, None, None]
 
 
 def _check_branch(q: Tensor, k: Tensor, v: Tensor, branch: str, layout: PackedLayout | None) -> None:

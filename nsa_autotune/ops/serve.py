@@ -1,4 +1,4 @@
-"""From tensors to a dispatched kernel, and to the reference where no kernel exists yet (CPU tensors, backward)."""
+"""From tensors to a dispatched kernel, forward and backward; CPU tensors go to the reference."""
 
 from __future__ import annotations
 
@@ -31,51 +31,40 @@ def default_dispatcher() -> Dispatcher:
         return Dispatcher(None)
 
 
-@cache
-def _say_reference_backward() -> None:
-    logger.warning("backward runs through the PyTorch reference: correct, but slow; backward kernels do not exist yet")
+Gradient = Callable[..., Sequence[Tensor | None]]  # (inputs, outputs, gradients of the outputs, which are needed)
 
 
-class _ReferenceBackward(torch.autograd.Function):
-    """A kernel forward whose gradients come from the paper's equation in float32."""
+class _KernelBackward(torch.autograd.Function):
+    """A kernel forward with a kernel backward."""
 
     @staticmethod
-    def forward(ctx: Any, kernel: Callable[..., Any], equation: Callable[..., Any], *tensors: Tensor) -> Any:
-        ctx.equation = equation
+    def forward(ctx: Any, kernel: Callable[..., Any], gradient: Gradient, *tensors: Tensor) -> Any:
+        ctx.gradient, ctx.num_inputs = gradient, len(tensors)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        return kernel(*tensors)
+        outputs = kernel(*tensors)
+        ctx.save_for_backward(*tensors, *(outputs if isinstance(outputs, tuple) else (outputs,)))
+        return outputs
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        _say_reference_backward()
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
-        with torch.enable_grad():
-            wide = [t.detach().float().requires_grad_(need) for t, need in zip(saved, needs, strict=True)]
-            outputs = ctx.equation(*wide)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        used = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
-        found: Sequence[Tensor | None] = torch.autograd.grad(
-            [o for o, _ in used],
-            [t for t in wide if t.requires_grad],
-            [g.to(o.dtype) for o, g in used],
-            allow_unused=True,
-        )
-        by_input = iter(found)
-        return None, None, *(_narrow(next(by_input), t) if need else None for t, need in zip(saved, needs, strict=True))
+        inputs, outputs = ctx.saved_tensors[: ctx.num_inputs], ctx.saved_tensors[ctx.num_inputs :]
+        needs = ctx.needs_input_grad[2:]
+        found = ctx.gradient(inputs, outputs, grads, needs)
+        return None, None, *(g if need else None for g, need in zip(found, needs, strict=True))
 
 
-def _narrow(gradient: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if gradient is None else gradient.to(like.dtype)
+def trains_on_kernels(tensors: Sequence[Tensor]) -> bool:
+    """True if a call on these tensors runs kernels and will be asked for gradients."""
+    return tensors[0].is_cuda and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def run(kernel: Callable[..., Any], equation: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
-    """The kernel's result, differentiable through the equation; CPU tensors go to the equation itself."""
+def run(kernel: Callable[..., Any], equation: Callable[..., Any], tensors: Sequence[Tensor], gradient: Gradient) -> Any:
+    """The kernel's result, differentiable through `gradient`; CPU tensors go to the equation itself."""
     if not tensors[0].is_cuda:
         return equation(*tensors)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return _ReferenceBackward.apply(kernel, equation, *tensors)  # type: ignore[no-untyped-call]
+    if trains_on_kernels(tensors):
+        return _KernelBackward.apply(kernel, gradient, *tensors)  # type: ignore[no-untyped-call]
     return kernel(*tensors)
 
 

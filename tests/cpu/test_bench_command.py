@@ -235,9 +235,11 @@ def test_keys_and_values_are_two_launches_of_one_line(bench: Bench, asked: list[
 def test_a_run_has_a_line_for_every_kernel_whole_forward_and_library(bench: Bench, asked: list[Any]) -> None:
     rows = list(bench_run.measure(Work(SMALL, (0.0, 0.8)), bench))
     lines = [(row.work.split(",")[0], row.locality) for row in rows]
-    branches = [name for name in all_specs() if name != "slc_attn_fwd"]
-    assert {line for line in lines if line[0] in branches} == {(name, None) for name in branches}
-    assert [line for line in lines if line[0] == "slc_attn_fwd"] == [("slc_attn_fwd", 0.0), ("slc_attn_fwd", 0.8)]
+    kernels = [line for line in lines if line[0] in all_specs()]
+    local = {name for name, spec in all_specs().items() if "locality" in spec.problem_fields}
+    assert local == {"slc_attn_fwd", "slc_attn_bwd_dq", "slc_attn_bwd_dkv"}
+    assert set(kernels) == {(n, x) for n in all_specs() for x in ((0.0, 0.8) if n in local else (None,))}
+    assert len(kernels) == len(set(kernels))
     assert lines[-5:] == [*[("whole forward", x) for x in (None, 0.0, 0.8)], ("cudnn_sdpa", None), ("flash_sdpa", None)]
     ours = [row for row in rows if row.kind != "dense"]
     assert all(row.median_us == pytest.approx(2200.0) and len(row.samples_us) == 5 for row in ours), ours
@@ -251,7 +253,8 @@ def test_a_run_has_a_line_for_every_kernel_whole_forward_and_library(bench: Benc
 
 def test_the_whole_forward_costs_what_its_kernels_cost(bench: Bench) -> None:
     rows = list(bench_run.measure(Work(SMALL, (0.8,)), bench))
-    branches = [row for row in rows if row.kind == "branch" and not row.work.startswith("cmp_mlp")]
+    kernels = [row for row in rows if row.kind == "branch" and not row.work.startswith("cmp_mlp")]
+    branches = [row for row in kernels if "_fwd" in row.work]
     whole = next(row for row in rows if row.kind == "whole")
     assert whole.flops == sum(row.flops for row in branches)
     assert whole.bytes_moved == sum(row.bytes_moved for row in branches)

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "nsa_autotune"
 ROWS = (
-    ("errors", "config", "layout", "dense", "reference", "spec"),
+    ("errors", "config", "layout", "dense", "reference", "gradients", "spec"),
     ("codegen", "db"),
     ("kernels",),
     ("bench", "dispatch"),

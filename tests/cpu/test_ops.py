@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -331,119 +330,6 @@ def test_a_tensor_is_copied_just_if_kernels_cannot_read_it(name: str) -> None:
         assert result.stride() == torch.empty(x.shape).stride()  # of size-1 dimensions too
 
 
-# a kernel's forward, the equation's backward
-
-
-@pytest.fixture
-def kernel_path(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """serve.run as CUDA tensors take it."""
-
-    def run(kernel: Callable[..., Any], equation: Callable[..., Any], tensors: list[Tensor]) -> Any:
-        return serve._ReferenceBackward.apply(kernel, equation, *tensors)  # type: ignore[no-untyped-call]
-
-    serve._say_reference_backward.cache_clear()
-    return run
-
-
-def window(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The equation of the tests below."""
-    return reference.window_attention(q, k, v, CONFIG)
-
-
-def wide_gradients(tensors: list[Tensor], loss: Callable[..., Tensor]) -> list[Tensor]:
-    """Gradients of the equation in float32."""
-    leaves = [t.detach().float().requires_grad_() for t in tensors]
-    return list(torch.autograd.grad(loss(*window(*leaves)), leaves))
-
-
-def qkv(dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Leaves."""
-    shapes = [(1, 30, HQ, D_QK), (1, 30, H, D_QK), (1, 30, H, D_V)]
-    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_values_are_the_kernels_and_gradients_the_equations(
-    kernel_path: Callable[..., Any], dtype: torch.dtype
-) -> None:
-    tensors = qkv(dtype)
-    seen: list[bool] = []
-
-    def kernel(*args: Tensor) -> tuple[Tensor, Tensor]:
-        seen.append(torch.is_grad_enabled())
-        o, lse = window(*(t.float() for t in args))
-        return (o + 1).to(dtype), lse
-
-    o, lse = kernel_path(kernel, window, tensors)
-    assert seen == [False]
-    assert o.dtype == dtype and lse.dtype == torch.float32
-    torch.testing.assert_close(o, (window(*(t.float() for t in tensors))[0] + 1).to(dtype), rtol=0, atol=0)
-
-    def loss(o: Tensor, lse: Tensor) -> Tensor:
-        return o.float().sum() * 2 + lse.cos().sum()
-
-    loss(o, lse).backward()
-    want = wide_gradients(tensors, lambda o, lse: o.sum() * 2 + lse.cos().sum())
-    for t, gradient in zip(tensors, want, strict=True):
-        assert t.grad is not None and t.grad.dtype == dtype
-        torch.testing.assert_close(t.grad, gradient.to(dtype))
-
-
-def test_an_output_without_a_gradient_is_left_out(kernel_path: Callable[..., Any]) -> None:
-    tensors = qkv()
-    o, _ = kernel_path(window, window, tensors)
-    o.square().sum().backward()
-    for t, gradient in zip(tensors, wide_gradients(tensors, lambda o, _: o.square().sum()), strict=True):
-        torch.testing.assert_close(t.grad, gradient)
-
-
-def test_the_lse_alone_gives_no_gradient_to_values(kernel_path: Callable[..., Any]) -> None:
-    tensors = qkv()
-    _, lse = kernel_path(window, window, tensors)
-    lse.sum().backward()
-    assert tensors[2].grad is not None and not tensors[2].grad.any()
-    assert tensors[0].grad is not None and tensors[0].grad.any()
-
-
-def test_inputs_that_need_no_gradient_get_none(kernel_path: Callable[..., Any]) -> None:
-    tensors = qkv()
-    tensors[0].requires_grad_(False)
-    tensors[1].requires_grad_(False)
-    o, _ = kernel_path(window, window, tensors)
-    o.sum().backward()
-    assert tensors[0].grad is None and tensors[1].grad is None and tensors[2].grad is not None
-
-
-def test_rows_that_see_nothing_get_gradients_of_zero(kernel_path: Callable[..., Any]) -> None:
-    def equation(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return reference.compressed_attention(q, k, v, CONFIG, seq_k=12)
-
-    tensors = [torch.randn(1, 12, HQ, D_QK), torch.randn(1, 2, H, D_QK), torch.randn(1, 2, H, D_V)]
-    leaves = [t.requires_grad_() for t in tensors]
-    o, lse = kernel_path(equation, equation, leaves)
-    assert (lse[:, :7] == -torch.inf).all()
-    o.sum().backward()
-    assert all(t.grad is not None and t.grad.isfinite().all() for t in leaves)
-    assert leaves[0].grad is not None and not leaves[0].grad[:, :7].any() and leaves[0].grad[:, 8:].any()
-
-
-def test_the_slow_backward_is_logged_once(kernel_path: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.WARNING, logger="nsa_autotune")
-    for _ in range(3):
-        tensors = qkv()
-        kernel_path(window, window, tensors)[0].sum().backward()
-    messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == 1 and "backward runs through the PyTorch reference" in messages[0]
-
-
-def test_a_second_derivative_is_refused_and_not_wrong(kernel_path: Callable[..., Any]) -> None:
-    tensors = qkv()
-    o, _ = kernel_path(window, window, tensors)
-    (gradient,) = torch.autograd.grad(o.square().sum(), tensors[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
-
-
 # from tensors to a launch: the kernels' arguments and problem, without a GPU
 
 
@@ -461,7 +347,7 @@ class Recorder(Dispatcher):
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     """CPU tensors take the way of CUDA tensors and end here."""
-    monkeypatch.setattr(serve, "run", lambda kernel, equation, tensors: kernel(*tensors))
+    monkeypatch.setattr(serve, "run", lambda kernel, equation, tensors, gradient: kernel(*tensors))
 
     def launch(dispatcher: Dispatcher, spec: KernelSpec, shape: Any, problem: Any, tensors: Any, device: Any) -> None:
         dispatcher.launch(spec, (spec.family, *shape), problem, device, tensors)

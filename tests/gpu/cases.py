@@ -34,8 +34,15 @@ CONSTANTS = (
     NSAConfig(16, 16, 32, num_selected=5, num_local=1, window_size=100),
     NSAConfig(32, 8, 32, num_selected=1, num_initial=0, num_local=1, window_size=1),
 )
-CASES_A_FAMILY = {"cmp_pool_fwd": 12, "cmp_mlp_fwd": 14, "gate_sum_fwd": 10}
-CASES_OF_ATTENTION = 30
+CASES_A_FAMILY = {
+    "cmp_pool_fwd": 12,
+    "cmp_mlp_fwd": 14,
+    "gate_sum_fwd": 10,
+    "cmp_pool_bwd": 12,
+    "cmp_mlp_bwd": 14,
+    "gate_sum_bwd": 10,
+}
+CASES_OF_ATTENTION = 24
 RANDOM_TRIES = 5000
 
 
@@ -110,7 +117,7 @@ def family_cases() -> list[FamilyCase]:
     """About 150 cases, by the rule at the top."""
     cases = []
     for family, spec in all_specs().items():
-        count = CASES_A_FAMILY.get(family, CASES_OF_ATTENTION)
+        count = CASES_A_FAMILY.get(family[:-4], CASES_OF_ATTENTION)
         axes = [DIMS, GROUPS, TOKENS, QUERIES, DTYPES, LAYOUTS, CONSTANTS]
         columns = [deal(axis, count, f"{family} {number}") for number, axis in enumerate(axes)]
         kinds = deal(("default", "structure", "random", "structure"), count, f"{family} kinds")
@@ -181,7 +188,7 @@ def forward_jobs(problem: Problem) -> list[CompileJob]:
     jobs = []
     for family, spec in all_specs().items():
         parts = [problem]
-        if family in ("cmp_pool_fwd", "cmp_mlp_fwd"):  # keys and values in separate launches
+        if family.startswith(("cmp_pool", "cmp_mlp")):  # keys and values in separate launches
             parts = [problem.replace(d_qk=dim, d_v=dim) for dim in {problem.d_qk, problem.d_v}]
         if problem.layout == "batched" and problem.seq_k < problem.nsa.compress_block_size and "cmp" in family:
             continue

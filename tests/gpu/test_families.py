@@ -13,7 +13,7 @@ from nsa_autotune.bench.inputs import make_inputs
 from nsa_autotune.codegen.load import load
 from nsa_autotune.codegen.pool import CompileOutcome
 from nsa_autotune.codegen.render import render
-from nsa_autotune.kernels import get_spec
+from nsa_autotune.kernels import all_specs, get_spec
 from nsa_autotune.spec import canonical_json
 
 CASES = family_cases()
@@ -43,7 +43,10 @@ def test_most_random_configs_run(compiled: dict[str, CompileOutcome]) -> None:
     assert found["resource"] <= found["ok"] / 3
 
 
-@pytest.mark.parametrize("family", ["cmp_attn_fwd", "slc_attn_fwd", "win_attn_fwd", "slc_select_fwd"])
+REPEATED = [family for family in all_specs() if "attn" in family or "select" in family]
+
+
+@pytest.mark.parametrize("family", REPEATED)
 def test_a_launch_repeats_its_bits(family: str, compiled: dict[str, CompileOutcome]) -> None:
     """No atomics, no races: twenty launches of one variant give the same bits."""
     case = max((c for c in CASES if c.family == family and c.kind != "random"), key=lambda c: c.problem.seq_q)

@@ -1,0 +1,87 @@
+"""What the example learns: associative recall made on the spot, or the characters of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # target of a place that asks nothing, as cross_entropy counts it
+REPOSITORY = Path(__file__).resolve().parent.parent
+CORPUS = (REPOSITORY / "LICENSE", REPOSITORY / "README.md")  # some 20 thousand characters: small, but always there
+
+
+@dataclass(frozen=True)
+class Task:
+    """`batch(size, generator)` draws tokens `[B, T]` and targets `[B, T]`, where IGNORED asks nothing."""
+
+    vocabulary: int
+    batch: Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Key-value pairs in the first half of the sequence, noise between them; then keys again, whose value is asked.
+
+    Between a pair and its question lie at least `window` tokens (a quarter of the sequence, if that is less), so that
+    a sliding window alone can't answer.
+    """
+
+    seq: int
+    pairs: int = 32
+    keys: int = 64
+    values: int = 32
+    noise: int = 16
+    window: int = 512
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.pairs <= min(self.keys, self.seq // 8):
+            most = min(self.keys, self.seq // 8)
+            raise ValueError(f"--pairs must be from 1 to {most} for {self.keys} keys and --seq {self.seq}")
+
+    @property
+    def first_question(self) -> int:
+        """First place of a question."""
+        return self.seq // 2 + min(self.window, self.seq // 4)
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Tokens and targets; ids are keys, then values, then noise."""
+        first_noise = self.keys + self.values
+        tokens = torch.randint(first_noise, first_noise + self.noise, (size, self.seq), generator=generator)
+        targets = torch.full_like(tokens, IGNORED)
+        keys = _draw(size, self.keys, self.pairs, generator)
+        values = torch.randint(self.keys, first_noise, (size, self.pairs), generator=generator)
+        told = 2 * _draw(size, self.seq // 4, self.pairs, generator)  # a pair takes two places
+        asked = self.first_question + 2 * _draw(size, (self.seq - self.first_question) // 2, self.pairs, generator)
+        for place in (told, asked):
+            tokens.scatter_(1, place, keys).scatter_(1, place + 1, values)
+        return tokens, targets.scatter_(1, asked, values)
+
+
+def recall_task(recall: Recall) -> Task:
+    """Associative recall; every batch is new, so accuracy in training is accuracy on unseen sequences."""
+    return Task(recall.keys + recall.values + recall.noise, recall.batch)
+
+
+def text_task(seq: int, file: Path | None = None) -> Task:
+    """The next character of random pieces of `file`, or of the repository's licence and README."""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in ([file] if file else CORPUS))
+    if len(text) <= seq:
+        raise ValueError(f"the text has {len(text)} characters, --seq {seq} needs more; use a shorter --seq")
+    letters = {letter: index for index, letter in enumerate(sorted(set(text)))}
+    ids = torch.tensor([letters[letter] for letter in text])
+
+    def batch(size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        starts = torch.randint(len(ids) - seq, (size, 1), generator=generator)
+        pieces = ids[starts + torch.arange(seq + 1)]  # [B, T + 1]
+        return pieces[:, :-1], pieces[:, 1:]
+
+    return Task(len(letters), batch)
+
+
+def _draw(rows: int, total: int, count: int, generator: torch.Generator) -> Tensor:
+    """`count` different numbers below `total` for each row, in random order: `[rows, count]`."""
+    return torch.rand(rows, total, generator=generator).argsort(dim=-1)[:, :count]

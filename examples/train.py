@@ -1,0 +1,196 @@
+"""Trains a small decoder with native sparse or dense attention.
+
+python examples/train.py --task recall --attention nsa     # and again with --attention dense, then curves.py
+python examples/train.py --device cpu --seq 256 --steps 3 --batch 2 --hidden 64 --heads 4 --kv-heads 1 --head-dim 16
+
+The folder --out gets options.json, log.jsonl (a record every --log-every steps), and curves.png where matplotlib is
+installed. On a CPU the reference implementation runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import curves
+import torch
+from decoder import ATTENTIONS, Decoder, Sizes
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tasks import IGNORED, Recall, Task, recall_task, text_task
+from torch import Tensor
+from torch.nn import functional as F
+
+from nsa_autotune import NSAConfig
+
+Record = dict[str, Any]
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=("recall", "text"), default="recall")
+    parser.add_argument("--attention", choices=ATTENTIONS, default="nsa")
+    parser.add_argument("--text", type=Path, help="text file for --task text; default: LICENSE and README.md")
+    parser.add_argument("--out", type=Path, help="folder of the run; default: runs/TASK-ATTENTION")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, float32 on a CPU"
+    )
+    parser.add_argument("--lr", type=float, default=1e-3)
+    for name, value, meaning in (
+        ("seq", 4096, "tokens of a sequence"),
+        ("batch", 8, "sequences of a step"),
+        ("steps", 2000, "steps of the optimizer"),
+        ("log-every", 10, "steps between records"),
+        ("seed", 0, "of weights and data"),
+        ("pairs", 32, "key-value pairs of a sequence (recall)"),
+        ("window", 512, "sliding window, in tokens"),
+        ("num-selected", 16, "selected blocks of 64 tokens, forced ones included"),
+        ("hidden", 512, "width of the decoder"),
+        ("layers", 4, "layers"),
+        ("heads", 16, "query heads"),
+        ("kv-heads", 2, "key and value heads"),
+        ("head-dim", 64, "width of a head"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"{meaning} (default {value})")
+    options = parser.parse_args(arguments)
+    on_cpu = torch.device(options.device).type == "cpu"
+    options.dtype = options.dtype or ("float32" if on_cpu else "bfloat16")
+    options.out = options.out or Path("runs") / f"{options.task}-{options.attention}"
+    return options
+
+
+def make_task(options: argparse.Namespace) -> Task:
+    """The task that the options name."""
+    if options.task == "text":
+        return text_task(options.seq, options.text)
+    return recall_task(Recall(seq=options.seq, pairs=options.pairs, window=options.window))
+
+
+def make_model(options: argparse.Namespace, vocabulary: int) -> Decoder:
+    """The decoder, with float32 weights on the device; --dtype is that of its products."""
+    nsa = replace(NSAConfig(), window_size=options.window, num_selected=options.num_selected)
+    sizes = Sizes(
+        vocabulary=vocabulary,
+        hidden=options.hidden,
+        layers=options.layers,
+        heads=options.heads,
+        kv_heads=options.kv_heads,
+        head_dim=options.head_dim,
+        nsa=nsa,
+    )
+    return Decoder(sizes, options.attention).to(options.device)
+
+
+@dataclass
+class Trainer:
+    """One run: model, data and optimizer."""
+
+    options: argparse.Namespace
+    task: Task
+    model: Decoder
+
+    def __post_init__(self) -> None:
+        self.device = torch.device(self.options.device)
+        self.data = torch.Generator().manual_seed(self.options.seed + 1)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), self.options.lr, betas=(0.9, 0.95))
+        warmup = max(1, self.options.steps // 20)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer,
+            lambda step: min((step + 1) / warmup, 0.55 + 0.45 * math.cos(math.pi * step / self.options.steps)),
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.options.dtype == "float16")
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Products in --dtype."""
+        if self.options.dtype == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, getattr(torch, self.options.dtype))
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        """One step on fresh data: loss and accuracy, on the device."""
+        tokens, targets = (t.to(self.device) for t in self.task.batch(self.options.batch, self.data))
+        with self.precision():
+            logits = self.model(tokens)
+        asked = targets != IGNORED
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
+        right = ((logits.argmax(-1) == targets) & asked).sum() / asked.sum()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+        return loss.detach(), right
+
+    def records(self) -> Iterator[Record]:
+        """Train; a record of means over every --log-every steps. Only a record waits for the device."""
+        losses, rights, started = [], [], time.perf_counter()
+        for step in range(1, self.options.steps + 1):
+            loss, right = self.step()
+            losses.append(loss)
+            rights.append(right)
+            if step % self.options.log_every and step != self.options.steps:
+                continue
+            means = {"loss": float(torch.stack(losses).mean()), "accuracy": float(torch.stack(rights).mean())}
+            seconds = time.perf_counter() - started
+            tokens = len(losses) * self.options.batch * self.options.seq
+            yield {
+                "step": step,
+                **means,
+                "tokens_per_s": round(tokens / seconds),
+                "peak_memory_bytes": self.peak_memory(),
+            }
+            losses, rights, started = [], [], time.perf_counter()
+
+    def peak_memory(self) -> int | None:
+        """Most bytes that tensors held on the GPU so far; None on a CPU."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+
+
+def train(options: argparse.Namespace, console: Console) -> list[Record]:
+    """Run, log and draw; the records."""
+    torch.manual_seed(options.seed)
+    task = make_task(options)
+    trainer = Trainer(options, task, make_model(options, task.vocabulary))
+    options.out.mkdir(parents=True, exist_ok=True)
+    named = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    (options.out / "options.json").write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    records = []
+    with (
+        Progress(*columns, console=console) as progress,
+        (options.out / "log.jsonl").open("w", encoding="utf-8") as log,
+    ):
+        bar = progress.add_task(f"{options.task}, {options.attention}", total=options.steps)
+        for record in trainer.records():
+            records.append(record)
+            log.write(json.dumps(record) + "\n")
+            log.flush()
+            state = f"loss {record['loss']:.3f}  accuracy {record['accuracy']:.3f}  {record['tokens_per_s']:,} tokens/s"
+            progress.update(bar, completed=record["step"], description=f"{options.task}, {options.attention}: {state}")
+    drawn = curves.draw([options.out], options.out / "curves.png")
+    console.print(f"wrote {options.out}" + ("" if drawn else " (no curves.png: matplotlib is not installed)"))
+    return records
+
+
+def main() -> None:
+    """Command line; a wrong option ends it with a sentence."""
+    try:
+        train(parse(), Console())
+    except ValueError as error:
+        raise SystemExit(f"train.py: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

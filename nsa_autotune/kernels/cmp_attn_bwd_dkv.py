@@ -1,0 +1,44 @@
+"""Compressed attention, backward: dk and dv."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from ..spec import Config, Cost, KernelSpec, Problem, Value
+from . import _backward as b
+from . import _common as c
+
+
+def constants(problem: Problem, config: Config) -> dict[str, Value]:
+    """tl.constexpr values of the kernel."""
+    return {
+        **b.dkv_constants(problem, config),
+        "CMP_BLOCK": problem.nsa.compress_block_size,
+        "CMP_STRIDE": problem.nsa.compress_stride,
+    }
+
+
+def cost(problem: Problem, config: Config) -> Cost:
+    """Products over the visible blocks."""
+    stride = problem.nsa.compress_stride
+    pairs = c.total_positions(problem) / stride
+    return b.dkv_cost(problem, config, pairs, c.num_tokens(problem, "seq_k") // stride)
+
+
+SPEC = KernelSpec(
+    family="cmp_attn_bwd_dkv",
+    doc="gradients of the keys and values of compressed attention",
+    arguments=b.arguments("cmp", "C", b.dkv("C"), "q_pos", "cmp_start", "cmp_begin", "cmp_end"),
+    scalars=("scale", "seq_k"),
+    problem_fields=b.ATTENTION_FIELDS,
+    nsa_fields=("compress_block_size", "compress_stride"),
+    params=b.DKV_PARAMS,
+    constraints=b.DKV_CONSTRAINTS,
+    rules=c.ATTENTION_RULES,
+    defaults=partial(b.dkv_defaults, split_mask=True, num_splits=4),
+    cost=cost,
+    structure=c.attention_structure,
+    constants=constants,
+    reference=b.reference("cmp", "dk", "dv"),
+    cases=c.small_cases(),
+)

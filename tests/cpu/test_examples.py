@@ -1,0 +1,75 @@
+"""The example trains on a CPU with tiny sizes: its loss falls, its log is complete, its tasks ask what they say."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from rich.console import Console
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+NAMES = ("curves", "decoder", "tasks", "train")
+TINY = (
+    "--device cpu --batch 4 --hidden 32 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --pairs 4 --window 16 --lr 1e-2"
+)
+
+
+@pytest.fixture(scope="module")
+def train() -> Iterator[ModuleType]:
+    """The script as a module; its neighbours are imported as they are when it runs."""
+    patch, threads = pytest.MonkeyPatch(), torch.get_num_threads()
+    patch.syspath_prepend(str(EXAMPLES))
+    torch.set_num_threads(1)  # tiny products: more threads only wait for each other
+    import train as module
+
+    yield module
+    torch.set_num_threads(threads)
+    patch.undo()
+    for name in NAMES:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("task", "attention", "steps"), [("recall", "nsa", 12), ("recall", "dense", 12), ("text", "nsa", 8)]
+)
+def test_the_loss_falls(train: ModuleType, tmp_path: Path, task: str, attention: str, steps: int) -> None:
+    out = tmp_path / "run"
+    words = f"--task {task} --attention {attention} --seq 96 --steps {steps} --log-every 4 {TINY}".split()
+    console = Console(record=True, width=400)
+    records = train.train(train.parse([*words, "--out", str(out)]), console)
+    assert [r["step"] for r in records] == list(range(4, steps + 1, 4))
+    assert records[-1]["loss"] < records[0]["loss"] - 0.1
+    assert [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] == records
+    assert set(records[0]) == {"step", "loss", "accuracy", "tokens_per_s", "peak_memory_bytes"}
+    assert json.loads((out / "options.json").read_text())["attention"] == attention
+    assert (out / "curves.png").exists() or "matplotlib is not installed" in console.export_text()
+
+
+def test_equal_seeds_give_equal_runs(train: ModuleType, tmp_path: Path) -> None:
+    words = f"--seq 64 --steps 2 --log-every 1 --out {tmp_path} {TINY}".split()
+    runs = [train.train(train.parse(words), Console(quiet=True)) for _ in range(2)]
+    assert [r["loss"] for r in runs[0]] == [r["loss"] for r in runs[1]]
+
+
+def test_recall_asks_for_values_told_before_the_window(train: ModuleType) -> None:
+    recall = train.Recall(seq=200, pairs=9, window=40)
+    tokens, targets = recall.batch(5, torch.Generator().manual_seed(0))
+    for row, target in zip(tokens.tolist(), targets.tolist(), strict=True):
+        asked = [i for i, value in enumerate(target) if value != train.IGNORED]
+        assert len(asked) == 9 and asked[0] >= 140
+        for place in asked:
+            told = row.index(row[place])  # the key's first place
+            assert place - told > 40 and row[told + 1] == row[place + 1] == target[place]
+
+
+def test_what_cannot_work_is_told_in_a_sentence(train: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(ValueError, match="use a shorter --seq"):
+        train.make_task(train.parse(["--task", "text", "--text", str(tmp_path / "short.txt")]))
+    with pytest.raises(ValueError, match="--pairs must be from 1 to 8"):
+        train.make_task(train.parse(["--seq", "64", "--pairs", "9"]))
