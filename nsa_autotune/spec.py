@@ -129,8 +129,8 @@ class ProblemRule:
 class Argument:
     """A tensor of a kernel's launch function: symbolic shape, dtype ("problem": the problem's), content in a trial.
 
-    `fill` is one of normal, weight, bias, gates, lse, lse_cmp, lse_slc, lse_win, delta, blocks, out, or the name of an index tensor of PackedLayout;
-    symbols are resolved by `bench.inputs`.
+    `fill` is one of normal, weight, bias, gates, lse, lse_cmp, lse_slc, lse_win, delta, blocks, out, or the name of an
+    index tensor of PackedLayout; symbols are resolved by `bench.inputs`.
     """
 
     name: str

@@ -86,11 +86,14 @@ DQ_CONSTRAINTS = (
     Constraint("query tiles and pipelined key tiles must fit in 227 KiB of shared memory", _query_major_shared),
     c.TMA_16_BIT,
 )
-DKV_CONSTRAINTS = (
+DKV_TILES = (
     c.ROWS_16_TO_128,
     c.NO_IDLE_TOKENS,
     Constraint("dk, dv and two tiles of scores must fit in 240 registers a thread", _key_major_registers),
     Constraint("key tiles and pipelined query tiles must fit in 227 KiB of shared memory", _key_major_shared),
+)
+DKV_CONSTRAINTS = (
+    *DKV_TILES,
     Constraint(
         "TMA query tiles are for 16-bit types and groups that need no padding",
         lambda p, config: not config["use_tma"] or (p.dtype != "float32" and c.block_g(p, config) == p.group_size),

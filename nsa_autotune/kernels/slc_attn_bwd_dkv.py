@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..spec import Argument, Config, Constraint, Cost, KernelSpec, Param, Problem, Value
+from ..spec import Argument, Config, Constraint, Cost, KernelSpec, Param, Problem, ProblemRule, Value
 from . import _backward as b
 from . import _common as c
 
@@ -79,13 +79,21 @@ SPEC = KernelSpec(
         c.MAXNREG,
     ),
     constraints=(
-        *b.DKV_CONSTRAINTS[:-1],  # all but the rule on TMA
+        *b.DKV_TILES,
         Constraint(
             "BLOCK_N must divide select_block_size (l')",
             lambda p, config: p.nsa.select_block_size % int(config["BLOCK_N"]) == 0,
         ),
     ),
-    rules=(*c.ATTENTION_RULES, *c.SELECTION_RULES),
+    rules=(
+        *c.ATTENTION_RULES,
+        *c.SELECTION_RULES,
+        ProblemRule(
+            "query tokens times kv heads times num_selected must be below 2^31: the lists of tokens count in int32",
+            lambda p: c.num_tokens(p, "seq_q") * p.num_kv_heads * p.nsa.num_selected < 2**31,
+            "Split the batch.",
+        ),
+    ),
     defaults=defaults,
     cost=cost,
     structure=structure,

@@ -58,8 +58,7 @@ def attention_gradients(
 
     p = exp(scale q k^T - lse), ds = p (gate do v^T - delta): dq = scale ds k, dk = scale ds^T q, dv = (p gate)^T do.
     """
-    q = q if q.stride(-1) == 1 else q.contiguous()
-    k, v = checks.readable(k), checks.readable(v)
+    q, k, v = checks.readable(q), checks.readable(k), checks.readable(v)
     if k.numel() == 0 or q.numel() == 0:  # nothing is visible
         if dq is not None and not add:
             dq.zero_()
@@ -98,7 +97,7 @@ def branch_gradients(
     """Gradients of q, k, v of one branch used alone: (o, lse) have the gradients `grads`, its gate is 1."""
     q, k, v = saved
     o, lse = outputs
-    do = torch.zeros_like(o) if grads[0] is None else grads[0].contiguous()
+    do = torch.zeros_like(o) if grads[0] is None else checks.readable(grads[0].contiguous())
     delta = torch.linalg.vecdot(do.float(), o.float())  # [.., TQ, HQ]
     if grads[1] is not None:
         delta = delta - grads[1].masked_fill(lse == float("-inf"), 0.0)  # ds = p (dp - delta + dlse)
@@ -172,7 +171,8 @@ class GatedAttention(torch.autograd.Function):
         gates, q, *rest = ctx.saved_tensors
         keys, blocks, outputs, lses = rest[:6], rest[6], rest[7:10], rest[10:]
         needs = ctx.needs_input_grad[4:]
-        do, gates = grad.contiguous(), gates.to(grad.dtype).contiguous()
+        do, gates = checks.readable(grad.contiguous()), gates.to(grad.dtype).contiguous()
+        q = checks.readable(q)
         dgates, deltas = gate_gradients(do, gates, outputs, ctx.call.dispatcher)
         dq = torch.empty_like(q, memory_format=torch.contiguous_format) if needs[1] else None
         found: Gradients = [None] * 6

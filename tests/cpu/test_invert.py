@@ -13,6 +13,7 @@ from nsa_autotune.bench.inputs import TrialInputs, make_inputs
 from nsa_autotune.codegen.load import load
 from nsa_autotune.codegen.render import render
 from nsa_autotune.config import NSAConfig
+from nsa_autotune.errors import InvalidProblem
 from nsa_autotune.gradients import attention_gradients
 from nsa_autotune.kernels import get_spec
 from nsa_autotune.spec import Problem
@@ -118,3 +119,9 @@ def test_blocks_of_several_items_are_summed(only_block_0: bool) -> None:
         found = tensors[name]
         assert found is not None and (not only_block_0 or bool((found[:, 16:] == 0).all()))
         torch.testing.assert_close(found, expected[name], rtol=1e-3, atol=1e-3)
+
+
+def test_more_entries_than_int32_counts_are_refused() -> None:
+    SPEC.check_problem(Problem(seq_q=1 << 24, seq_k=1 << 24))
+    with pytest.raises(InvalidProblem, match=r"below 2\^31.*Split the batch"):
+        SPEC.check_problem(Problem(batch=2, seq_q=1 << 24, seq_k=1 << 24))
