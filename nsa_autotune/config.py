@@ -59,6 +59,18 @@ class NSAConfig:
         """Number of selection blocks that cover `tokens` tokens: ceil(T / l')."""
         return -(-tokens // self.select_block_size)
 
+    def to_text(self) -> str:
+        """The constants in their order, with commas between: what operators take and tracing can follow."""
+        return (
+            f"{self.compress_block_size},{self.compress_stride},{self.select_block_size},{self.num_selected},"
+            f"{self.num_initial},{self.num_local},{self.window_size}"
+        )
+
+    @staticmethod
+    def from_text(text: str) -> NSAConfig:
+        """What `to_text` wrote."""
+        return NSAConfig(*map(int, text.split(",")))
+
     def to_dict(self) -> dict[str, int]:
         """The constants by name, ready for JSON."""
         return asdict(self)

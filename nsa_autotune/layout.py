@@ -34,6 +34,11 @@ class PackedLayout:
         """Rows of the compressed keys and values, unused ones included."""
         return self.cmp_source.shape[0]
 
+    def tensors(self) -> list[Tensor]:
+        """The index tensors in their order: what operators take."""
+        queries = [self.q_pos, self.k_start, self.cmp_start]
+        return [self.cu_seqlens_q, self.cu_seqlens_k, self.cmp_offsets, *queries, self.cmp_source]
+
     # What only the backward reads is computed on first use. Query rows [begin, end) see a key: begin >= end means none.
 
     @functools.cached_property

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
@@ -12,7 +14,7 @@ import torch
 from ..codegen.load import explain, load
 from ..codegen.render import render, template_digest
 from ..config import NSAConfig
-from ..errors import KernelError, NotTuned
+from ..errors import InvalidInput, KernelError, NotTuned
 from ..spec import DEFAULT_LOCALITY, Config, KernelSpec, Problem
 from .fingerprint import Fingerprint, current
 from .ladder import Choice, Step, Winner, choose
@@ -20,6 +22,9 @@ from .ladder import Choice, Step, Winner, choose
 logger = logging.getLogger("nsa_autotune")
 
 Launch = Callable[..., Any]
+# Operators of torch.library take tensors, numbers and strings only, so a dispatcher goes by a number.
+_numbers = itertools.count(1)
+_dispatchers: weakref.WeakValueDictionary[int, Dispatcher] = weakref.WeakValueDictionary()
 
 
 class WinnerSource(Protocol):
@@ -44,6 +49,8 @@ class Dispatcher:
         locality: float = DEFAULT_LOCALITY,
         fingerprint: Fingerprint | None = None,
     ) -> None:
+        self.number = next(_numbers)
+        _dispatchers[self.number] = self
         self.strict = strict
         self.locality = locality
         self.stats: Counter[str] = Counter()  # how many shapes stand on each step
@@ -126,6 +133,15 @@ class Dispatcher:
 
             self._modules[rendered.digest] = launch
         return self._modules[rendered.digest]
+
+
+def by_number(number: int) -> Dispatcher:
+    """The living dispatcher with this number."""
+    try:
+        return _dispatchers[number]
+    except KeyError:
+        rule = "a compiled model serves kernels by the dispatcher that it was compiled with"
+        raise InvalidInput(rule, {"dispatcher": f"number {number}, which is gone"}, "Keep a reference to it.") from None
 
 
 def tune_command(spec: KernelSpec, problem: Problem) -> str:

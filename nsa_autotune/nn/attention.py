@@ -50,7 +50,7 @@ class NativeSparseAttention(nn.Module):
     Each branch has keys and values of its own unless `share_kv`. Rotary (halves, angles in float32) is applied to
     the queries and to the keys of every branch, before these are compressed; `rope_theta=None` leaves it out.
     Raises InvalidConfig for sizes that cannot work; `forward` raises InvalidInput, and with `strict` NotTuned rather
-    than serve an untuned kernel on a GPU.
+    than serve an untuned kernel on a GPU. `recompute` trades memory for time in training, as in `ops.nsa_attention`.
     """
 
     def __init__(
@@ -69,13 +69,14 @@ class NativeSparseAttention(nn.Module):
         bias: bool = False,
         dispatcher: Dispatcher | None = None,
         strict: bool = False,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.hidden_size, self.num_q_heads, self.num_kv_heads = hidden_size, num_q_heads, num_kv_heads
         self.d_qk, self.d_v = d_qk, d_qk if d_v is None else d_v
         self.config = NSAConfig() if config is None else config
         self.compression, self.rope_theta, self.share_kv = compression, rope_theta, share_kv
-        self.dispatcher, self.strict = dispatcher, strict
+        self.dispatcher, self.strict, self.recompute = dispatcher, strict, recompute
         self._check_sizes(phi_hidden)
         branches = ("cmp",) if share_kv else ("cmp", "slc", "win")
         self.q_proj = nn.Linear(hidden_size, num_q_heads * self.d_qk, bias=bias)
@@ -112,6 +113,7 @@ class NativeSparseAttention(nn.Module):
             cu_seqlens=cu_seqlens,
             dispatcher=self.dispatcher,
             strict=self.strict,
+            recompute=self.recompute,
         )
         out: Tensor = self.out_proj(o.flatten(-2))
         return out

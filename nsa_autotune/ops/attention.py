@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from ..config import NSAConfig
@@ -13,10 +9,8 @@ from ..dispatch.dispatcher import Dispatcher
 from ..errors import InvalidInput
 from ..layout import PackedLayout, packed_layout
 from ..reference import PhiWeights
-from . import checks, serve
-from .backward import Call, GatedAttention
-from .branches import combine, compress, compressed_attention, select_blocks, selected_attention, window_attention
-from .serve import default_dispatcher
+from . import checks, serve, whole
+from .branches import compress
 
 
 def nsa_attention(
@@ -37,6 +31,7 @@ def nsa_attention(
     scale: float | None = None,
     dispatcher: Dispatcher | None = None,
     strict: bool = False,
+    recompute: bool = False,
 ) -> Tensor:
     """o = g_cmp Attn(q, phi(k), phi(v)) + g_slc Attn(q, k_slc, v_slc) + g_win Attn(q, k_win, v_win)   (Eq. 5).
 
@@ -44,6 +39,7 @@ def nsa_attention(
     tensors drop B and bring int32 `cu_seqlens` `[S + 1]` (`cu_seqlens_k` if the keys' lengths differ). k and v serve
     the compressed branch, and the others unless they have their own. Queries are aligned with the last keys. Position
     encoding is the caller's business. `strict=True` raises NotTuned rather than serve an untuned kernel on a GPU.
+    `recompute=True` saves no branch's output (3 B TQ HQ D_V elements) for the backward, which attends once more.
     Returns `[B, TQ, HQ, D_V]`; raises InvalidInput for tensors that do not fit together.
     """
     if not isinstance(config, NSAConfig):
@@ -58,30 +54,14 @@ def nsa_attention(
     checks.check_gates(gates, q)
     k_slc, v_slc = _branch("slc", k, v, k_slc, v_slc)
     k_win, v_win = _branch("win", k, v, k_win, v_win)
-    if strict and (dispatcher is not None or q.is_cuda):  # tensors of the CPU need no database
-        dispatcher = (dispatcher or default_dispatcher()).stricter()
-    seq_k = k.shape[-3]
-
-    k_cmp = compress(k, config, phi_k, layout=layout, dispatcher=dispatcher)
-    v_cmp = compress(v, config, phi_v, layout=layout, dispatcher=dispatcher)
-    learning = serve.trains_on_kernels((q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates))
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not learning):  # GatedAttention has the gradients of all
-        o_cmp, lse_cmp = compressed_attention(
-            q, k_cmp, v_cmp, config, seq_k=seq_k, scale=scale, layout=layout, dispatcher=dispatcher
-        )
-        blocks = select_blocks(
-            q, k_cmp, lse_cmp, config, seq_k=seq_k, scale=scale, layout=layout, dispatcher=dispatcher
-        )
-        how: dict[str, Any] = {"scale": scale, "layout": layout, "dispatcher": dispatcher}
-        o_slc, lse_slc = selected_attention(q, k_slc, v_slc, blocks, config, **how)
-        o_win, lse_win = window_attention(q, k_win, v_win, config, **how)
-    if not learning:
-        return combine(gates, o_cmp, o_slc, o_win, dispatcher=dispatcher)
-    call = Call(config, seq_k, float(q.shape[-1]) ** -0.5 if scale is None else float(scale), layout, dispatcher)
-    branches = ((o_cmp, lse_cmp), (o_slc, lse_slc), (o_win, lse_win))
+    served = serve.handle_of(dispatcher, strict)
+    how = {"layout": layout, "dispatcher": dispatcher, "strict": strict}
+    k_cmp, v_cmp = compress(k, config, phi_k, **how), compress(v, config, phi_v, **how)
+    index = [] if layout is None else layout.tensors()
+    scale = float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
+    rest = (recompute, index, config.to_text(), k.shape[-3], scale, served)
     keys = (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)
-    gated = partial(combine, dispatcher=dispatcher)
-    out: Tensor = GatedAttention.apply(gated, call, blocks, branches, gates, q, *keys)  # type: ignore[no-untyped-call]
+    out: Tensor = whole.gated_attention(gates.to(q.dtype), q, *keys, *rest)[0]
     return out
 
 
@@ -98,7 +78,7 @@ def _layout(
     if cu_seqlens.numel() != cu_seqlens_k.numel():
         values = {"sequences of q": cu_seqlens.numel() - 1, "sequences of k": cu_seqlens_k.numel() - 1}
         raise InvalidInput("queries and keys must be packed from the same sequences", values)
-    if not cu_seqlens.is_cuda and bool((cu_seqlens.diff() > cu_seqlens_k.diff()).any()):
+    if checks.values_are_known(cu_seqlens) and bool((cu_seqlens.diff() > cu_seqlens_k.diff()).any()):
         offsets = {"cu_seqlens": cu_seqlens.tolist(), "cu_seqlens_k": cu_seqlens_k.tolist()}
         remedy = "Queries are aligned with the last keys."
         raise InvalidInput("a sequence must have no more queries than keys", offsets, remedy)

@@ -1,35 +1,28 @@
-"""Gradients by generated kernels: each branch from its log-sum-exp and delta, deterministic, one launch an output."""
+"""Gradients of each branch from its log-sum-exp and delta: by kernels, one launch an output, or by the equations.
+
+Deterministic: every sum has a fixed order. What is returned shares no memory with what is given, as operators have to.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import kernels
+from .. import gradients, kernels
 from ..codegen.shapes import INDEX_FILLS
 from ..config import NSAConfig
+from ..dense import softmax_dtype
 from ..dispatch.dispatcher import Dispatcher
 from ..layout import PackedLayout
 from ..spec import KernelSpec
-from . import checks, serve
+from . import checks, launches, serve
+from .serve import Call
 
 Gradients = list[Tensor | None]
-
-
-@dataclass(frozen=True)
-class Call:
-    """What the kernels of one call share besides their tensors."""
-
-    config: NSAConfig
-    seq_k: int  # raw keys
-    scale: float
-    layout: PackedLayout | None
-    dispatcher: Dispatcher | None
 
 
 def index_tensors(spec: KernelSpec, layout: PackedLayout | None) -> dict[str, Tensor | None]:
@@ -58,6 +51,17 @@ def attention_gradients(
 
     p = exp(scale q k^T - lse), ds = p (gate do v^T - delta): dq = scale ds k, dk = scale ds^T q, dv = (p gate)^T do.
     """
+    if not serve.on_kernels(q):
+        found = gradients.attention_gradients(
+            *(branch, q, k, v, do, lse, delta, gate, call.config),
+            seq_k=call.seq_k,
+            blocks=blocks,
+            scale=call.scale,
+            layout=call.layout,
+        )
+        if dq is not None:
+            dq.copy_(dq + found["dq"] if add else found["dq"])
+        return (found["dk"].contiguous(), found["dv"].contiguous()) if keys else (None, None)
     q, k, v = checks.readable(q), checks.readable(k), checks.readable(v)
     if k.numel() == 0 or q.numel() == 0:  # nothing is visible
         if dq is not None and not add:
@@ -97,8 +101,9 @@ def branch_gradients(
     """Gradients of q, k, v of one branch used alone: (o, lse) have the gradients `grads`, its gate is 1."""
     q, k, v = saved
     o, lse = outputs
+    wide = softmax_dtype(o)
     do = torch.zeros_like(o) if grads[0] is None else checks.readable(grads[0].contiguous())
-    delta = torch.linalg.vecdot(do.float(), o.float())  # [.., TQ, HQ]
+    delta = torch.linalg.vecdot(do.to(wide), o.to(wide))  # [.., TQ, HQ]
     if grads[1] is not None:
         delta = delta - grads[1].masked_fill(lse == float("-inf"), 0.0)  # ds = p (dp - delta + dlse)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format) if needs[0] else None
@@ -112,6 +117,10 @@ def gate_gradients(
     do: Tensor, gates: Tensor, outputs: Sequence[Tensor], dispatcher: Dispatcher | None
 ) -> tuple[Tensor, list[Tensor]]:
     """dgates `[.., HQ, 3]` and each branch's delta `[.., HQ]` float32, in one pass over do and the outputs."""
+    if not serve.on_kernels(do):
+        o_cmp, o_slc, o_win = outputs
+        dgates, *deltas = gradients.gate_gradients(do, gates, o_cmp, o_slc, o_win).values()
+        return dgates.contiguous(), [delta.contiguous() for delta in deltas]
     dgates = torch.empty_like(gates)
     deltas = [torch.empty(gates.shape[:-1], dtype=torch.float32, device=gates.device) for _ in range(3)]
     if do.numel() == 0:
@@ -139,58 +148,43 @@ def combine_gradients(
     return [dgates, *(do * gates[..., number, None] for number in range(3))]
 
 
-class GatedAttention(torch.autograd.Function):
-    """out = sum of gate * branch, computed before; its gradients go to q, gates and every branch's keys and values.
+def gated_attention_gradients(
+    do: Tensor,
+    gates: Tensor,
+    q: Tensor,
+    keys: Sequence[Tensor],
+    blocks: Tensor,
+    outputs: Sequence[Tensor],
+    lses: Sequence[Tensor],
+    needs: Sequence[bool],
+    call: Call,
+) -> Gradients:
+    """Gradients of gates, q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win; without `outputs` they are computed again.
 
     No branch's do is ever materialised: the kernels take the gate. dq is summed over window, selected and compressed
     attention in this order, each row by one program, so that two runs give the same bits.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        combine: Any,
-        call: Call,
-        blocks: Tensor,
-        branches: tuple[tuple[Tensor, Tensor], ...],
-        gates: Tensor,
-        q: Tensor,
-        *keys: Tensor,
-    ) -> Tensor:
-        """`branches` holds (o, lse) of cmp, slc, win; `keys` is k_cmp, v_cmp, k_slc, v_slc, k_win, v_win."""
-        ctx.call = call
-        outputs = [o for o, _ in branches]
-        ctx.save_for_backward(gates, q, *keys, blocks, *outputs, *(lse for _, lse in branches))
-        out: Tensor = combine(gates, *outputs)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        """Gradients of gates, q and the keys and values."""
-        gates, q, *rest = ctx.saved_tensors
-        keys, blocks, outputs, lses = rest[:6], rest[6], rest[7:10], rest[10:]
-        needs = ctx.needs_input_grad[4:]
-        do, gates = checks.readable(grad.contiguous()), gates.to(grad.dtype).contiguous()
-        q = checks.readable(q)
-        dgates, deltas = gate_gradients(do, gates, outputs, ctx.call.dispatcher)
-        dq = torch.empty_like(q, memory_format=torch.contiguous_format) if needs[1] else None
-        found: Gradients = [None] * 6
-        for number, branch in reversed(list(enumerate(("cmp", "slc", "win")))):
-            given = (do, lses[number], deltas[number], gates[..., number], ctx.call)
-            k, v = keys[2 * number : 2 * number + 2]
-            found[2 * number : 2 * number + 2] = attention_gradients(
-                branch,
-                q,
-                k,
-                v,
-                *given,
-                blocks=blocks if branch == "slc" else None,
-                dq=dq,
-                add=branch != "win",
-                keys=needs[2 + 2 * number] or needs[3 + 2 * number],
-            )
-        return None, None, None, None, dgates.to(ctx.saved_tensors[0].dtype), dq, *found
+    branches = list(enumerate(("cmp", "slc", "win")))
+    chosen = {"slc": blocks}
+    if not outputs:
+        pairs = [keys[2 * n : 2 * n + 2] for n, _ in branches]
+        outputs = [launches.launch_attention(b, q, *pairs[n], chosen.get(b), call)[0] for n, b in branches]
+    do, gates, q = checks.readable(do.contiguous()), gates.contiguous(), checks.readable(q)
+    dgates, deltas = gate_gradients(do, gates, outputs, call.dispatcher)
+    del outputs  # recomputed ones are not needed any more
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format) if needs[1] else None
+    found: Gradients = [None] * 6
+    for n, branch in reversed(branches):
+        given = (do, lses[n], deltas[n], gates[..., n], call)
+        found[2 * n : 2 * n + 2] = attention_gradients(
+            *(branch, q, keys[2 * n], keys[2 * n + 1]),
+            *given,
+            blocks=chosen.get(branch),
+            dq=dq,
+            add=branch != "win",
+            keys=needs[2 + 2 * n] or needs[3 + 2 * n],
+        )
+    return [dgates, dq, *found]
 
 
 def compress_gradients(
@@ -207,6 +201,8 @@ def compress_gradients(
     dout, dx = grads[0], torch.empty_like(saved[0], memory_format=torch.contiguous_format)
     if dout is None or dout.numel() == 0 or x.numel() == 0:
         return [torch.zeros_like(t) for t in saved]
+    if not serve.on_kernels(x):
+        return _compress_equation(x, weights, dout, config, layout)
     tensors: dict[str, Any] = {"dout": dout.contiguous(), "dx": dx}
     family, hidden = "cmp_pool_bwd", 128
     if weights:
@@ -218,12 +214,27 @@ def compress_gradients(
     serve.launch(dispatcher, spec, shape, problem, {**tensors, **index_tensors(spec, layout)}, x.device)
     if not weights:
         return [dx]
-    position, w1 = weights[:2]
-    dbias = tensors["db1"]  # of the folded bias b1 + flatten(position) w1
-    dposition = (w1.float() @ dbias).view(position.shape)
-    dw1 = tensors["dw1"].float() + torch.outer(position.float().flatten(), dbias)
-    found = (dx, dposition, dw1, dbias, tensors["dw2"], tensors["db2"])
-    return [g.to(t.dtype) for g, t in zip(found, saved, strict=True)]
+    return _unfold_bias(saved, {name: tensors[name] for name in ("dx", "dw1", "db1", "dw2", "db2")})
+
+
+def _compress_equation(
+    x: Tensor, weights: Sequence[Tensor], dout: Tensor, config: NSAConfig, layout: PackedLayout | None
+) -> Gradients:
+    if not weights:
+        return [gradients.pool_gradient(dout, x.shape[-3], config, layout).contiguous()]
+    position, w1, b1, w2, _ = weights
+    bias = b1 + position.flatten() @ w1
+    return _unfold_bias([x, *weights], gradients.mlp_gradients(x, w1, bias, w2, dout, config, layout))
+
+
+def _unfold_bias(saved: Sequence[Tensor], found: dict[str, Tensor]) -> Gradients:
+    """Gradients of x and phi's weights from those of x, w1, w2, b2 and of the folded bias b1 + flatten(position) w1."""
+    position, w1 = saved[1:3]
+    dbias = found["db1"]
+    dposition = (w1.to(dbias.dtype) @ dbias).view(position.shape)
+    dw1 = found["dw1"].to(dbias.dtype) + torch.outer(position.to(dbias.dtype).flatten(), dbias)
+    ordered = (found["dx"], dposition, dw1, dbias, found["dw2"], found["db2"])
+    return [g.to(t.dtype).contiguous() for g, t in zip(ordered, saved, strict=True)]
 
 
 def _phi_tensors(x: Tensor, weights: Sequence[Tensor]) -> dict[str, Tensor]:

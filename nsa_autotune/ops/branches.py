@@ -5,21 +5,15 @@ Tensors are batched `[B, T, H, D]`, or packed `[T, H, D]` with a PackedLayout. `
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from .. import reference
 from ..config import NSAConfig
 from ..dispatch.dispatcher import Dispatcher
 from ..errors import InvalidInput
 from ..layout import PackedLayout
 from ..reference import PhiWeights
-from . import checks, serve
-from .backward import Call, branch_gradients, combine_gradients, compress_gradients
-from .launches import launch_attention, launch_combine, launch_compress, launch_select, rows
+from . import checks, library, serve
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
@@ -33,24 +27,17 @@ def compress(
     *,
     layout: PackedLayout | None = None,
     dispatcher: Dispatcher | None = None,
+    strict: bool = False,
 ) -> Tensor:
     """Eq. 7: keys or values `[.., T, H, D]` to `[.., NC, H, D]`, by phi, or by the mean without one."""
     checks.check_tensor("x", x)
     if x.ndim != (4 if layout is None else 3):
         raise InvalidInput("keys to compress must be [B, T, H, D], or packed [T, H, D]", {"shape": tuple(x.shape)})
-    kernel = partial(launch_compress, config=config, layout=layout, dispatcher=dispatcher)
-    gradient = partial(compress_gradients, config, layout, dispatcher)
-    if phi is None:
-        mean = partial(reference.compress_mean, config=config, layout=layout)
-        result: Tensor = serve.run(kernel, mean, [x], gradient)
-        return result
-    _check_phi(x, phi, config)
-
-    def mlp(x: Tensor, *weights: Tensor) -> Tensor:
-        return reference.compress_mlp(x, PhiWeights(*weights), config, layout=layout)
-
-    blocks: Tensor = serve.run(kernel, mlp, [x, phi.position, phi.w1, phi.b1, phi.w2, phi.b2], gradient)
-    return blocks
+    if phi is not None:
+        _check_phi(x, phi, config)
+    weights = [] if phi is None else [phi.position, phi.w1, phi.b1, phi.w2, phi.b2]
+    out: Tensor = library.compress(x, weights, _index(layout), config.to_text(), serve.handle_of(dispatcher, strict))
+    return out
 
 
 def _check_phi(x: Tensor, phi: PhiWeights, config: NSAConfig) -> None:
@@ -88,12 +75,7 @@ def compressed_attention(
     tokens = _check_compressed(q, k_cmp, config, seq_k, layout)
     checks.check_key("v_cmp", v_cmp, q)
     checks.check_pair(k_cmp, v_cmp, "compressed")
-    how: dict[str, Any] = {"config": config, "seq_k": tokens, "scale": _scale(q, scale), "layout": layout}
-    extra = {"seq_k": tokens, **rows(layout, "q_pos", "cmp_start")}
-    kernel = partial(launch_attention, family="cmp_attn_fwd", dispatcher=dispatcher, extra=extra, **how)
-    gradient = partial(branch_gradients, "cmp", Call(dispatcher=dispatcher, **how), None)
-    o, lse = serve.run(kernel, partial(reference.compressed_attention, **how), [q, k_cmp, v_cmp], gradient)
-    return o, lse
+    return _attend("cmp", q, k_cmp, v_cmp, None, config, tokens, scale, layout, dispatcher)
 
 
 @torch.no_grad()
@@ -111,9 +93,8 @@ def select_blocks(
     """Eq. 8-12: the n blocks of every token and kv head, int32 `[.., TQ, H, n]`, ascending, unused slots -1."""
     tokens = _check_compressed(q, k_cmp, config, seq_k, layout)
     checks.check_lse(lse, q)
-    how: dict[str, Any] = {"config": config, "seq_k": tokens, "scale": _scale(q, scale), "layout": layout}
-    kernel = partial(launch_select, dispatcher=dispatcher, **how)
-    blocks: Tensor = serve.run(kernel, partial(reference.select_blocks, **how), [q, k_cmp, lse], _no_gradient)
+    rest = (_index(layout), config.to_text(), tokens, _scale(q, scale), serve.handle_of(dispatcher))
+    blocks: Tensor = library.select_blocks(q, k_cmp, lse, *rest)
     return blocks
 
 
@@ -131,14 +112,7 @@ def selected_attention(
     """Attention over the keys of the selected blocks: o `[.., TQ, HQ, D_V]`, lse `[.., TQ, HQ]` float32."""
     _check_branch(q, k, v, "selected", layout)
     checks.check_blocks(blocks, q, k.shape[-2], config)
-    how: dict[str, Any] = {"config": config, "scale": _scale(q, scale), "layout": layout}
-    extra = {"blocks": blocks.contiguous(), **rows(layout, "q_pos", "k_start")}
-    kernel = partial(
-        launch_attention, family="slc_attn_fwd", seq_k=k.shape[-3], dispatcher=dispatcher, extra=extra, **how
-    )
-    gradient = partial(branch_gradients, "slc", Call(seq_k=k.shape[-3], dispatcher=dispatcher, **how), extra["blocks"])
-    o, lse = serve.run(kernel, partial(reference.selected_attention, blocks=blocks, **how), [q, k, v], gradient)
-    return o, lse
+    return _attend("slc", q, k, v, blocks, config, k.shape[-3], scale, layout, dispatcher)
 
 
 def window_attention(
@@ -153,14 +127,28 @@ def window_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention over the last w tokens t-w+1 .. t: o `[.., TQ, HQ, D_V]`, lse `[.., TQ, HQ]` float32."""
     _check_branch(q, k, v, "window", layout)
-    how: dict[str, Any] = {"config": config, "scale": _scale(q, scale), "layout": layout}
-    extra = rows(layout, "q_pos", "k_start")
-    kernel = partial(
-        launch_attention, family="win_attn_fwd", seq_k=k.shape[-3], dispatcher=dispatcher, extra=extra, **how
-    )
-    gradient = partial(branch_gradients, "win", Call(seq_k=k.shape[-3], dispatcher=dispatcher, **how), None)
-    o, lse = serve.run(kernel, partial(reference.window_attention, **how), [q, k, v], gradient)
+    return _attend("win", q, k, v, None, config, k.shape[-3], scale, layout, dispatcher)
+
+
+def _attend(
+    branch: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor | None,
+    config: NSAConfig,
+    seq_k: int,
+    scale: float | None,
+    layout: PackedLayout | None,
+    dispatcher: Dispatcher | None,
+) -> tuple[Tensor, Tensor]:
+    rest = (_index(layout), config.to_text(), seq_k, _scale(q, scale), serve.handle_of(dispatcher))
+    o, lse = library.attend(branch, q, k, v, blocks, *rest)
     return o, lse
+
+
+def _index(layout: PackedLayout | None) -> list[Tensor]:
+    return [] if layout is None else layout.tensors()
 
 
 def combine(
@@ -172,15 +160,8 @@ def combine(
         checks.check_same(name, branch, o_cmp)
         if branch.shape != o_cmp.shape:
             raise InvalidInput(f"{name} must have the shape of o_cmp", {name: tuple(branch.shape)})
-    kernel = partial(launch_combine, dispatcher=dispatcher)
-    tensors, gradient = [gates.to(o_cmp.dtype), o_cmp, o_slc, o_win], partial(combine_gradients, dispatcher)
-    out: Tensor = serve.run(kernel, reference.combine, tensors, gradient)
+    out: Tensor = library.combine(gates.to(o_cmp.dtype), o_cmp, o_slc, o_win, serve.handle_of(dispatcher))
     return out
-
-
-def _no_gradient(*_: Any) -> list[None]:
-    """A selection passes no gradient on: q, k_cmp and lse get theirs from compressed attention."""
-    return [None, None, None]
 
 
 def _check_branch(q: Tensor, k: Tensor, v: Tensor, branch: str, layout: PackedLayout | None) -> None:
@@ -196,6 +177,8 @@ def _check_compressed(
 ) -> int:
     """The number of raw keys behind k_cmp, which must hold as many blocks as they make."""
     tokens = q.shape[-3] if seq_k is None else seq_k
+    if layout is not None:
+        tokens = layout.total_k
     checks.check_query(q, layout)
     checks.check_key("k_cmp", k_cmp, q, q.shape[-1])
     checks.check_lengths(q, tokens, layout)

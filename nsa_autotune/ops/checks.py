@@ -112,12 +112,17 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: Tensor) -> None:
     if cu_seqlens.device != tokens.device:
         remedy = f"Use {name}.to({str(tokens.device)!r})."
         raise InvalidInput(f"{name} must be on the device of the tokens", facts, remedy)
-    if not cu_seqlens.is_cuda:
+    if values_are_known(cu_seqlens):
         first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
         if first != 0 or last != tokens.shape[0] or bool((cu_seqlens.diff() < 0).any()):
             values = {name: cu_seqlens.tolist(), "tokens": tokens.shape[0]}
             remedy = "It is the cumulative sum of the lengths, after a 0."
             raise InvalidInput(f"{name} must rise from 0 to the number of tokens", values, remedy)
+
+
+def values_are_known(x: Tensor) -> bool:
+    """True if reading x waits for no device and breaks no tracing."""
+    return not x.is_cuda and not torch.compiler.is_compiling()
 
 
 def readable(x: Tensor) -> Tensor:

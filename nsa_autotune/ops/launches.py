@@ -1,4 +1,7 @@
-"""One function a kernel: allocate the outputs, describe the problem, launch. Inputs are checked by the caller."""
+"""One function a forward: on CUDA tensors allocate the outputs and launch a kernel, on others compute the equation.
+
+Inputs are checked by the caller. Outputs are contiguous and share no memory with inputs, as operators have to.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import kernels
+from .. import kernels, reference
 from ..config import NSAConfig
 from ..dispatch.dispatcher import Dispatcher
 from ..layout import PackedLayout
 from ..reference import PhiWeights
 from . import checks, serve
+from .serve import Call
 
 
 def rows(layout: PackedLayout | None, *names: str) -> dict[str, Any]:
@@ -25,6 +29,10 @@ def launch_compress(
     x: Tensor, *weights: Tensor, config: NSAConfig, layout: PackedLayout | None, dispatcher: Dispatcher | None
 ) -> Tensor:
     """Compressed keys or values; `weights` are phi's, or none for the mean."""
+    if not serve.on_kernels(x):
+        if weights:
+            return reference.compress_mlp(x, PhiWeights(*weights), config, layout=layout).contiguous()
+        return reference.compress_mean(x, config, layout=layout).contiguous()
     x = checks.readable(x)
     count = config.num_compressed(x.shape[1]) if layout is None else layout.num_cmp_rows
     out = x.new_empty((*x.shape[:-3], count, *x.shape[-2:]))
@@ -45,45 +53,46 @@ def launch_compress(
 
 
 def launch_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    family: str,
-    config: NSAConfig,
-    seq_k: int,
-    scale: float,
-    layout: PackedLayout | None,
-    dispatcher: Dispatcher | None,
-    extra: dict[str, Any],
+    branch: str, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor | None, call: Call
 ) -> tuple[Tensor, Tensor]:
-    """o and lse of one attention family; `extra` holds what only that family takes."""
+    """o and lse of branch "cmp", "slc" (which needs `blocks`) or "win"."""
+    if not serve.on_kernels(q):
+        o, lse = _attention_equation(branch, q, k, v, blocks, call)
+        return o.contiguous(), lse.contiguous()
     q = q if q.stride(-1) == 1 else q.contiguous()
     k, v = checks.readable(k), checks.readable(v)
     o = q.new_empty((*q.shape[:-1], v.shape[-1]))
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     if k.numel() == 0 or q.numel() == 0:  # fewer tokens than one block: nothing is visible
         return o.zero_(), lse.fill_(float("-inf"))
-    locality = (dispatcher or serve.default_dispatcher()).locality
+    layout, config, seq_k = call.layout, call.config, call.seq_k
+    extra = rows(layout, "q_pos", "cmp_start" if branch == "cmp" else "k_start")
+    extra |= {"seq_k": seq_k} if branch == "cmp" else {}
+    extra |= {} if blocks is None else {"blocks": blocks.contiguous()}
+    locality = (call.dispatcher or serve.default_dispatcher()).locality
     shape = (tuple(q.shape), tuple(k.shape), v.shape[-1], q.dtype, config, layout is None, seq_k)
-    tensors = {"q": q, "k": k, "v": v, "o": o, "lse": lse, "scale": scale, **extra}
+    tensors = {"q": q, "k": k, "v": v, "o": o, "lse": lse, "scale": call.scale, **extra}
     problem = partial(serve.describe, q, k, config, layout, seq_k=seq_k, d_v=v.shape[-1], locality=locality)
-    serve.launch(dispatcher, kernels.get_spec(family), shape, problem, tensors, q.device)
+    serve.launch(call.dispatcher, kernels.get_spec(f"{branch}_attn_fwd"), shape, problem, tensors, q.device)
     return o, lse
 
 
-def launch_select(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    *,
-    config: NSAConfig,
-    seq_k: int,
-    scale: float,
-    layout: PackedLayout | None,
-    dispatcher: Dispatcher | None,
-) -> Tensor:
+def _attention_equation(
+    branch: str, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor | None, call: Call
+) -> tuple[Tensor, Tensor]:
+    how: dict[str, Any] = {"config": call.config, "scale": call.scale, "layout": call.layout}
+    if branch == "cmp":
+        return reference.compressed_attention(q, k, v, seq_k=call.seq_k, **how)
+    if blocks is None:
+        return reference.window_attention(q, k, v, **how)
+    return reference.selected_attention(q, k, v, blocks, **how)
+
+
+def launch_select(q: Tensor, k: Tensor, lse: Tensor, call: Call) -> Tensor:
     """The blocks of every token and kv head; k holds the compressed keys."""
+    config, layout, seq_k, scale = call.config, call.layout, call.seq_k, call.scale
+    if not serve.on_kernels(q):
+        return reference.select_blocks(q, k, lse, config, seq_k=seq_k, scale=scale, layout=layout).contiguous()
     q = q if q.stride(-1) == 1 else q.contiguous()
     k = checks.readable(k)
     blocks = torch.empty((*q.shape[:-2], k.shape[-2], config.num_selected), dtype=torch.int32, device=q.device)
@@ -94,12 +103,14 @@ def launch_select(
     tensors = {"q": q, "k": k, "lse": lse.contiguous(), "blocks": blocks, "scale": scale, "seq_k": seq_k}
     tensors |= rows(layout, "q_pos", "cmp_start")
     problem = partial(serve.describe, q, k, config, layout, seq_k=seq_k, d_v=k.shape[-1])
-    serve.launch(dispatcher, kernels.get_spec("slc_select_fwd"), shape, problem, tensors, q.device)
+    serve.launch(call.dispatcher, kernels.get_spec("slc_select_fwd"), shape, problem, tensors, q.device)
     return blocks
 
 
 def launch_combine(gates: Tensor, *outputs: Tensor, dispatcher: Dispatcher | None) -> Tensor:
     """The gated sum of the branches' outputs."""
+    if not serve.on_kernels(gates):
+        return reference.combine(gates, *outputs).contiguous()
     o_cmp, o_slc, o_win = (o.contiguous() for o in outputs)
     out = torch.empty_like(o_cmp)
     if out.numel() == 0:

@@ -1,9 +1,10 @@
-"""From tensors to a dispatched kernel, forward and backward; CPU tensors go to the reference."""
+"""From tensors to a dispatched kernel, forward and backward; CPU tensors go to the equations."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -11,12 +12,23 @@ import torch
 from torch import Tensor
 
 from ..config import NSAConfig
-from ..dispatch.dispatcher import Dispatcher
+from ..dispatch.dispatcher import Dispatcher, by_number
 from ..errors import StoreError
 from ..layout import PackedLayout
 from ..spec import DEFAULT_LOCALITY, KernelSpec, Problem
 
 logger = logging.getLogger("nsa_autotune")
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the kernels of one call share besides their tensors."""
+
+    config: NSAConfig
+    seq_k: int  # raw keys, those of all sequences if packed
+    scale: float
+    layout: PackedLayout | None
+    dispatcher: Dispatcher | None
 
 
 @cache
@@ -31,41 +43,23 @@ def default_dispatcher() -> Dispatcher:
         return Dispatcher(None)
 
 
-Gradient = Callable[..., Sequence[Tensor | None]]  # (inputs, outputs, gradients of the outputs, which are needed)
+def handle_of(dispatcher: Dispatcher | None, strict: bool = False) -> int:
+    """A number for an operator's argument: twice the dispatcher's own (0 for the default one), plus `strict`."""
+    return 2 * (0 if dispatcher is None else dispatcher.number) + strict
 
 
-class _KernelBackward(torch.autograd.Function):
-    """A kernel forward with a kernel backward."""
-
-    @staticmethod
-    def forward(ctx: Any, kernel: Callable[..., Any], gradient: Gradient, *tensors: Tensor) -> Any:
-        ctx.gradient, ctx.num_inputs = gradient, len(tensors)
-        ctx.set_materialize_grads(False)
-        outputs = kernel(*tensors)
-        ctx.save_for_backward(*tensors, *(outputs if isinstance(outputs, tuple) else (outputs,)))
-        return outputs
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        inputs, outputs = ctx.saved_tensors[: ctx.num_inputs], ctx.saved_tensors[ctx.num_inputs :]
-        needs = ctx.needs_input_grad[2:]
-        found = ctx.gradient(inputs, outputs, grads, needs)
-        return None, None, *(g if need else None for g, need in zip(found, needs, strict=True))
+def from_handle(handle: int, device: torch.device) -> Dispatcher | None:
+    """The dispatcher behind a handle; None for the default one, which tensors of the CPU never open."""
+    number, strict = divmod(handle, 2)
+    dispatcher = by_number(number) if number else None
+    if strict and device.type == "cuda":
+        return (dispatcher or default_dispatcher()).stricter()
+    return dispatcher
 
 
-def trains_on_kernels(tensors: Sequence[Tensor]) -> bool:
-    """True if a call on these tensors runs kernels and will be asked for gradients."""
-    return tensors[0].is_cuda and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
-def run(kernel: Callable[..., Any], equation: Callable[..., Any], tensors: Sequence[Tensor], gradient: Gradient) -> Any:
-    """The kernel's result, differentiable through `gradient`; CPU tensors go to the equation itself."""
-    if not tensors[0].is_cuda:
-        return equation(*tensors)
-    if trains_on_kernels(tensors):
-        return _KernelBackward.apply(kernel, gradient, *tensors)  # type: ignore[no-untyped-call]
-    return kernel(*tensors)
+def on_kernels(x: Tensor) -> bool:
+    """True if kernels serve x, False if the equations do."""
+    return x.is_cuda
 
 
 def describe(
