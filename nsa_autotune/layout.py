@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,12 @@ class PackedLayout:
         """The index tensors in their order: what operators take."""
         queries = [self.q_pos, self.k_start, self.cmp_start]
         return [self.cu_seqlens_q, self.cu_seqlens_k, self.cmp_offsets, *queries, self.cmp_source]
+
+    @staticmethod
+    def from_tensors(tensors: Sequence[Tensor], total_k: int, config: NSAConfig) -> PackedLayout:
+        """The layout whose `tensors()` these are."""
+        cu_q, cu_k, cmp_offsets, q_pos, k_start, cmp_start, cmp_source = tensors
+        return PackedLayout(cu_q, cu_k, cmp_offsets, q_pos, k_start, cmp_start, cmp_source, total_k, config)
 
     # What only the backward reads is computed on first use. Query rows [begin, end) see a key: begin >= end means none.
 

@@ -61,6 +61,10 @@ class Dispatcher:
         self._said: set[str] = set()
         self._strict_twin: Dispatcher | None = None
 
+    def __deepcopy__(self, memo: object) -> Dispatcher:
+        """Itself: copies of a module share what is compiled, and the connection to the database."""
+        return self
+
     def stricter(self) -> Dispatcher:
         """This dispatcher if it is strict, else its strict twin, which keeps plans of its own."""
         if self.strict:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ..config import NSAConfig
@@ -55,7 +57,7 @@ def nsa_attention(
     k_slc, v_slc = _branch("slc", k, v, k_slc, v_slc)
     k_win, v_win = _branch("win", k, v, k_win, v_win)
     served = serve.handle_of(dispatcher, strict)
-    how = {"layout": layout, "dispatcher": dispatcher, "strict": strict}
+    how: dict[str, Any] = {"layout": layout, "dispatcher": dispatcher, "strict": strict}
     k_cmp, v_cmp = compress(k, config, phi_k, **how), compress(v, config, phi_v, **how)
     index = [] if layout is None else layout.tensors()
     scale = float(q.shape[-1]) ** -0.5 if scale is None else float(scale)

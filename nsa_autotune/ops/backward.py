@@ -164,25 +164,19 @@ def gated_attention_gradients(
     No branch's do is ever materialised: the kernels take the gate. dq is summed over window, selected and compressed
     attention in this order, each row by one program, so that two runs give the same bits.
     """
-    branches = list(enumerate(("cmp", "slc", "win")))
+    parts = [(branch, keys[2 * n], keys[2 * n + 1]) for n, branch in enumerate(("cmp", "slc", "win"))]
     chosen = {"slc": blocks}
-    if not outputs:
-        pairs = [keys[2 * n : 2 * n + 2] for n, _ in branches]
-        outputs = [launches.launch_attention(b, q, *pairs[n], chosen.get(b), call)[0] for n, b in branches]
+    outputs = outputs or [launches.launch_attention(b, q, k, v, chosen.get(b), call)[0] for b, k, v in parts]
     do, gates, q = checks.readable(do.contiguous()), gates.contiguous(), checks.readable(q)
     dgates, deltas = gate_gradients(do, gates, outputs, call.dispatcher)
     del outputs  # recomputed ones are not needed any more
     dq = torch.empty_like(q, memory_format=torch.contiguous_format) if needs[1] else None
     found: Gradients = [None] * 6
-    for n, branch in reversed(branches):
-        given = (do, lses[n], deltas[n], gates[..., n], call)
+    for n, (branch, k, v) in reversed(list(enumerate(parts))):
+        how: dict[str, Any] = {"blocks": chosen.get(branch), "dq": dq, "add": branch != "win"}
+        wanted = needs[2 + 2 * n] or needs[3 + 2 * n]
         found[2 * n : 2 * n + 2] = attention_gradients(
-            *(branch, q, keys[2 * n], keys[2 * n + 1]),
-            *given,
-            blocks=chosen.get(branch),
-            dq=dq,
-            add=branch != "win",
-            keys=needs[2 + 2 * n] or needs[3 + 2 * n],
+            branch, q, k, v, do, lses[n], deltas[n], gates[..., n], call, keys=wanted, **how
         )
     return [dgates, dq, *found]
 

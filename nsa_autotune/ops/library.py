@@ -7,7 +7,7 @@ operator too. Operators take tensors, numbers and strings: `index` holds those o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,8 +26,8 @@ Tensors = Sequence[Tensor]
 
 def _call(x: Tensor, index: Tensors, constants: str, seq_k: int, scale: float, dispatcher: int) -> Call:
     config = NSAConfig.from_text(constants)
-    layout = PackedLayout(*index, total_k=seq_k, config=config) if index else None
-    return Call(config, seq_k, scale, layout, serve.from_handle(dispatcher, x.device))
+    layout = PackedLayout.from_tensors(index, seq_k, config) if index else None
+    return Call(config, seq_k, scale, layout, serve.from_handle(dispatcher, x))
 
 
 def _exactly(x: Tensor) -> Any:
@@ -183,7 +183,7 @@ def _(q: Tensor, k: Tensor, lse: Tensor, index: Tensors, constants: str, *_rest:
 def combine(gates: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, dispatcher: int) -> Tensor:
     """Eq. 5."""
     with _exactly(gates):
-        served = serve.from_handle(dispatcher, gates.device)
+        served = serve.from_handle(dispatcher, gates)
         return launches.launch_combine(gates, o_cmp, o_slc, o_win, dispatcher=served)
 
 
@@ -195,7 +195,7 @@ def _(gates: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, dispatcher: in
 @custom_op("nsa_autotune::combine_backward", mutates_args=())
 def combine_backward(do: Tensor, gates: Tensor, outputs: Tensors, dispatcher: int) -> list[Tensor]:
     """Gradients of the gates and the three outputs."""
-    served = serve.from_handle(dispatcher, do.device)
+    served = serve.from_handle(dispatcher, do)
     with _exactly(do):
         return _filled(backward.combine_gradients(served, [gates, *outputs], (), [do], ()), do)
 
@@ -215,7 +215,6 @@ def _combine_gradient(ctx: Any, do: Tensor) -> Any:
     return *_wanted(combine_backward(do, gates, outputs, ctx.dispatcher), ctx.needs_input_grad[:4]), None
 
 
-Register = Callable[..., None]
 for _operator, _gradient, _setup in (
     (compress, _compress_gradient, _compress_setup),
     (attend, _attend_gradient, _attend_setup),

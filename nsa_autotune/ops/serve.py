@@ -48,11 +48,11 @@ def handle_of(dispatcher: Dispatcher | None, strict: bool = False) -> int:
     return 2 * (0 if dispatcher is None else dispatcher.number) + strict
 
 
-def from_handle(handle: int, device: torch.device) -> Dispatcher | None:
-    """The dispatcher behind a handle; None for the default one, which tensors of the CPU never open."""
+def from_handle(handle: int, x: Tensor) -> Dispatcher | None:
+    """The dispatcher behind a handle; None for the default one, which stays closed if the equations serve x."""
     number, strict = divmod(handle, 2)
     dispatcher = by_number(number) if number else None
-    if strict and device.type == "cuda":
+    if strict and on_kernels(x):
         return (dispatcher or default_dispatcher()).stricter()
     return dispatcher
 

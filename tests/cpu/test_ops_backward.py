@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from cpu.test_ops import CONFIG, D_QK, D_V, HQ, H, make_phi, make_tensors, offsets
-from equations import Equations
+from equations import Equations, reference_attention
 from torch import Tensor
 
 from nsa_autotune import ops, reference
 from nsa_autotune.dispatch.dispatcher import Dispatcher
+from nsa_autotune.errors import InvalidInput
 from nsa_autotune.layout import packed_layout
 from nsa_autotune.ops import backward, serve
 from nsa_autotune.reference import PhiWeights
@@ -24,19 +25,10 @@ FORMS = ("batched", "short_q", "packed")
 def equations(monkeypatch: pytest.MonkeyPatch) -> Equations:
     """CPU tensors take the way of CUDA tensors and end here."""
 
-    def run(kernel: Any, equation: Any, tensors: list[Tensor], gradient: Any) -> Any:
-        if serve.trains_on_kernels(tensors):
-            return serve._KernelBackward.apply(kernel, gradient, *tensors)  # type: ignore[no-untyped-call]
-        return kernel(*tensors)
-
     def launch(dispatcher: Dispatcher, spec: KernelSpec, shape: Any, problem: Any, tensors: Any, device: Any) -> None:
         dispatcher.launch(spec, (spec.family, *shape), problem, device, tensors)
 
-    def trains(tensors: Any) -> bool:
-        return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-    monkeypatch.setattr(serve, "trains_on_kernels", trains)
-    monkeypatch.setattr(serve, "run", run)
+    monkeypatch.setattr(serve, "on_kernels", lambda x: True)
     monkeypatch.setattr(serve, "launch", launch)
     return Equations()
 
@@ -56,7 +48,7 @@ def gradients(form: str, dispatcher: Equations | None, learned: bool = True) -> 
             dispatcher.layout = packed_layout(q, k, tensors["q"].shape[0], tensors["k"].shape[0], CONFIG)
         out = ops.nsa_attention(**given, config=CONFIG, dispatcher=dispatcher, **phis, **cu)
     else:
-        out = ops.nsa_attention(**given, config=CONFIG, **phis, **cu)
+        out = reference_attention(**given, config=CONFIG, **phis, **cu)
     (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
     return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
@@ -66,8 +58,7 @@ def gradients(form: str, dispatcher: Equations | None, learned: bool = True) -> 
 def test_every_gradient_is_the_references(form: str, learned: bool, equations: Equations) -> None:
     ours = gradients(form, equations, learned)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serve, "trains_on_kernels", lambda tensors: False)
-        patch.setattr(serve, "run", lambda kernel, equation, tensors, gradient: equation(*tensors))
+        patch.setattr(serve, "on_kernels", lambda x: False)
         wanted = gradients(form, None, learned)
     assert set(ours) == set(wanted)
     for name, want in wanted.items():
@@ -144,7 +135,7 @@ def test_a_second_derivative_is_refused_and_not_wrong(equations: Equations) -> N
     leaf = tensors["q"].requires_grad_()
     out = ops.nsa_attention(**tensors, config=CONFIG, dispatcher=equations)
     (gradient,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(InvalidInput, match="no second derivative"):
         gradient.sum().backward()
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from equations import Equations
+from equations import Equations, reference_attention
 from gpu.cases import MODULE_PROBLEMS, SELECTING_PROBLEM, problem_name
 from torch import Tensor
 
@@ -28,8 +28,7 @@ from nsa_autotune.config import NSAConfig
 from nsa_autotune.dispatch.dispatcher import Dispatcher
 from nsa_autotune.layout import packed_layout
 from nsa_autotune.nn import NativeSparseAttention
-from nsa_autotune.ops import attention as attention_module
-from nsa_autotune.ops import serve
+from nsa_autotune.ops import launches, serve
 from nsa_autotune.spec import Problem
 
 DEVICE = "cuda"
@@ -64,10 +63,10 @@ def cast(tensors: Tensors, problem: Problem, grad: bool = False) -> Tensors:
 
 @contextmanager
 def equations() -> Iterator[None]:
-    """Operators run the reference on the device instead of kernels."""
+    """Attention is the reference on the device, under autograd, instead of kernels."""
     with PATCH.context() as patch:
-        patch.setattr(serve, "run", lambda kernel, equation, tensors, gradient: equation(*tensors))
-        patch.setattr(serve, "trains_on_kernels", lambda tensors: False)
+        patch.setattr(ops, "nsa_attention", reference_attention)
+        patch.setattr(serve, "on_kernels", lambda x: False)
         yield
 
 
@@ -81,17 +80,17 @@ class SharedBlocks:
     @contextmanager
     def shared(self) -> Iterator[None]:
         """Within it, nsa_attention selects here."""
-        real = attention_module.select_blocks
+        real = launches.launch_select
 
         def select(*args: Any, **kwargs: Any) -> Tensor:
             if self.blocks is None:
                 self.blocks = real(*args, **kwargs)
             else:
                 self.reused += 1
-            return self.blocks
+            return self.blocks.clone()  # an operator's output is its own
 
         with PATCH.context() as patch:
-            patch.setattr(attention_module, "select_blocks", select)
+            patch.setattr(launches, "launch_select", select)
             yield
 
 
