@@ -1,0 +1,220 @@
+"""Claim: training with Native Sparse Attention's kernels is faster than with dense attention at long contexts.
+
+Measures forward, backward and both of `nsa_attention`, every backward family by itself, dense causal attention by cuDNN
+and FlashAttention-2, and peak memory; writes `results/<date>-<gpu>-training.md` and `.json` beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import torch
+from forward import RESULTS, gpu_slug, without_places
+from training_calls import dense_entries, our_entries
+from training_page import (
+    BOTH,
+    COMPRESSED,
+    FORWARD,
+    GROUP_KV_HEADS,
+    GROUP_MARKS_MS,
+    GROUP_TOKENS,
+    SELECTED,
+    WINDOW,
+    Memory,
+    markdown,
+    sum_of,
+    to_dict,
+)
+
+from nsa_autotune import __version__
+from nsa_autotune.bench.timing import make_clock
+from nsa_autotune.cli.bench import plan_work, say
+from nsa_autotune.cli.bench_entries import Bench, Work, branch_entries
+from nsa_autotune.cli.bench_report import CUDNN, FLASH, Report, Row, seq_text
+from nsa_autotune.cli.bench_run import check_device, check_plan, each_warning_once, measure_rates, time_group
+from nsa_autotune.cli.console import errors, write_text
+from nsa_autotune.cli.options import ProblemChoice, split
+from nsa_autotune.db.store import TuningStore
+from nsa_autotune.dispatch.dispatcher import Dispatcher
+from nsa_autotune.dispatch.fingerprint import current
+from nsa_autotune.errors import InvalidInput, NSAError
+from nsa_autotune.kernels import all_specs, get_spec
+from nsa_autotune.spec import Problem
+
+PRESETS, SEQ, LOCALITIES = "gqa16-d128,paper-27b", "8k,32k,64k,128k", ("0", "0.8")
+ROUNDS, MIN_ROUNDS, TARGET_MS = 10, 5, 500.0  # samples a line; at least 5 whatever they take
+LONG_TOKENS, LONG_ROUNDS = 131072, 3  # of FlashAttention-2, whose backward takes seconds there
+MEMORY_PLAN = ((262144, BOTH), (524288, FORWARD))  # tokens, and what is asked of them
+BRANCHES = {COMPRESSED: "cmp_attn_bwd", SELECTED: "slc_attn_bwd", WINDOW: "win_attn_bwd"}
+
+Found = tuple[list[Row], list[Memory]]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure and write; 0 if everything of ours ran, 1 if not, 2 after a mistake."""
+    options = parse(arguments)
+    command = shlex.join(["python", "benchmarks/training.py", *without_places(arguments)])
+    try:
+        plan, where = make_plan(options), check_device(options.device)
+        options.folder.mkdir(parents=True, exist_ok=True)  # fail before measuring, not after
+        report, memory = run(plan, options, where, command)
+        for path in write_results(report, memory, options):
+            print(path)
+    except NSAError as error:
+        errors().print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        return 2
+    return int(any(row.failed for row in report.rows))
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options; all have defaults."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", help=f"one or more, with commas; {PRESETS} unless only sections are asked for")
+    parser.add_argument("--seq", default=SEQ)
+    parser.add_argument("--phi", choices=("mean", "mlp"), default="mean", help="compression: by the mean, or learned")
+    parser.add_argument("--small-groups", action="store_true", help="selected backward for groups of 1, 2, 4, 8")
+    parser.add_argument("--memory", action="store_true", help="a step on 256k tokens and a forward on 512k, once each")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="most samples of a line")
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--db", default=None)
+    parser.add_argument("--untuned", action="store_true", help="default configs only")
+    parser.add_argument("--folder", type=Path, default=RESULTS)
+    return parser.parse_args(arguments)
+
+
+def make_plan(options: argparse.Namespace) -> list[Work]:
+    """The shapes to measure as a whole; none if only sections are asked for."""
+    if options.rounds < MIN_ROUNDS:
+        values = {"--rounds": options.rounds}
+        raise InvalidInput("a line has at least 5 samples", values, "Write for example --rounds 10.")
+    only_sections = options.preset is None and (options.small_groups or options.memory)
+    names = [] if only_sections else split([options.preset or PRESETS])
+    choices = [ProblemChoice(name, options.seq, localities=LOCALITIES) for name in names]
+    plan = plan_work(problem for choice in choices for problem in choice.problems(PRESETS))
+    check_plan(plan)
+    return plan
+
+
+def run(
+    plan: Sequence[Work], options: argparse.Namespace, where: torch.device, command: str
+) -> tuple[Report, list[Memory]]:
+    """Measure the plan and the sections asked for."""
+    rows: list[Row] = []
+    memory: list[Memory] = []
+    with ExitStack() as stack:
+        store = None if options.untuned else stack.enter_context(TuningStore(options.db))
+        stack.enter_context(each_warning_once(silent=options.untuned))
+
+        def make_dispatcher(locality: float | None) -> Dispatcher:
+            return Dispatcher(store) if locality is None else Dispatcher(store, locality=locality)
+
+        bench = Bench(where, make_clock(where), make_dispatcher, options.rounds, TARGET_MS, say)
+        rates = {Problem().dtype: measure_rates(bench, Problem().dtype)}
+        for section in sections(plan, options, bench):
+            more_rows, more_memory = section()
+            rows, memory = rows + more_rows, memory + more_memory
+            free(where)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    facts = (current(str(where)).to_dict(), command, now, __version__, options.rounds, options.untuned, rates)
+    return Report(*facts, tuple(rows)), memory
+
+
+def sections(plan: Sequence[Work], options: argparse.Namespace, bench: Bench) -> list[Callable[[], Found]]:
+    """What is measured, one after the other."""
+    found: list[Callable[[], Found]] = [partial(measure, work, bench, options.phi) for work in plan]
+    if options.small_groups:
+        found += [partial(small_group, group, bench) for group in GROUP_MARKS_MS]
+    if options.memory:
+        found += [partial(long_context, tokens, stage, bench, options.phi) for tokens, stage in MEMORY_PLAN]
+    return found
+
+
+def write_results(report: Report, memory: Sequence[Memory], options: argparse.Namespace) -> list[Path]:
+    """The dated page and the JSON behind it; returns their paths."""
+    date, gpu = report.created[:10], report.fingerprint["gpu"]
+    asked = {"small-groups": options.small_groups, "memory": options.memory}
+    only = [] if options.preset else [name for name, wanted in asked.items() if wanted]  # pages of their own
+    stem = "-".join([date, gpu_slug(gpu), "training", *(["mlp"] if options.phi == "mlp" else []), *only])
+    texts = {
+        options.folder / f"{stem}.md": markdown(report, memory, f"Training on {gpu}, {date}"),
+        options.folder / f"{stem}.json": json.dumps(to_dict(report, memory), indent=1, allow_nan=False) + "\n",
+    }
+    for path, text in texts.items():
+        write_text(path, text)
+    return list(texts)
+
+
+def measure(work: Work, bench: Bench, phi: str) -> Found:
+    """Whole calls beside cuDNN, FlashAttention-2 by itself, and the families of the backward."""
+    problem = work.problem
+    rows, memory = beside_cudnn(problem, bench, phi)
+    free(bench.device)
+    more_rows, more_memory = flash(problem, bench)
+    free(bench.device)
+    rows, memory = rows + more_rows, memory + more_memory
+    for name in BRANCHES:
+        rows += branch_rows(name, work, bench)
+    for family in ("gate_sum_bwd", "cmp_mlp_bwd" if phi == "mlp" else "cmp_pool_bwd"):
+        rows += time_group(branch_entries(get_spec(family), work, bench), bench)
+    return rows, memory
+
+
+def beside_cudnn(problem: Problem, bench: Bench, phi: str) -> Found:
+    """Ours in four ways and cuDNN in two, interleaved."""
+    bench.say(f"{seq_text(problem.seq_k)}: first calls")
+    ours, memory = our_entries(problem, bench, phi)
+    dense, held = dense_entries(CUDNN, problem, bench)
+    rows = time_group([*ours, *dense], bench)
+    return [*rows, sum_of(f"{CUDNN} {BOTH}", "dense", rows[len(ours) :])], memory + held
+
+
+def flash(problem: Problem, bench: Bench) -> Found:
+    """FlashAttention-2, in fewer rounds where a call takes seconds."""
+    few = problem.seq_k >= LONG_TOKENS
+    entries, memory = dense_entries(FLASH, problem, bench)
+    rows = time_group(entries, replace(bench, rounds=LONG_ROUNDS) if few else bench)
+    return [*rows, sum_of(f"{FLASH} {BOTH}", "dense", rows)], memory
+
+
+def branch_rows(name: str, work: Work, bench: Bench) -> list[Row]:
+    """Every family of a branch's backward, and their sum at each locality."""
+    specs = [spec for family, spec in all_specs().items() if family.startswith(BRANCHES[name])]
+    rows = time_group([entry for spec in specs for entry in branch_entries(spec, work, bench)], bench)
+    found = dict.fromkeys(row.locality for row in rows)
+    localities: list[float | None] = [locality for locality in found if locality is not None] or [None]
+    sums = [sum_of(name, "sum", [r for r in rows if r.locality in (x, None)], x) for x in localities]
+    return rows + sums
+
+
+def small_group(group: int, bench: Bench) -> Found:
+    """Selected backward of one group size, on random selections."""
+    heads = GROUP_KV_HEADS * group
+    problem = Problem(seq_q=GROUP_TOKENS, seq_k=GROUP_TOKENS, num_q_heads=heads, num_kv_heads=GROUP_KV_HEADS)
+    return branch_rows(SELECTED, Work(problem.replace(locality=0.0), (0.0,)), bench), []
+
+
+def long_context(tokens: int, stage: str, bench: Bench, phi: str) -> Found:
+    """One sample, after a first call that tells the memory."""
+    problem = Problem(seq_q=tokens, seq_k=tokens, locality=0.0)
+    bench.say(f"{seq_text(tokens)}: {stage}")
+    entries, memory = our_entries(problem, bench, phi, (stage,))
+    return time_group(entries, replace(bench, rounds=1)), memory
+
+
+def free(device: torch.device) -> None:
+    """Give back what the last measurement held."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
