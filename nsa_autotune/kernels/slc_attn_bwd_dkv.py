@@ -25,11 +25,11 @@ def constants(problem: Problem, config: Config) -> dict[str, Value]:
 def structure(problem: Problem, config: Config) -> dict[str, Any]:
     """What all attention templates read; keys and values are loaded once, with pointers."""
     switches = c.attention_structure(problem, {**config, "use_tma": False})
-    return {name: value for name, value in switches.items() if name not in ("split_mask", "store_lse")}
+    return {name: value for name, value in switches.items() if name != "store_lse"}
 
 
 def defaults(problem: Problem) -> Config:
-    """Tiles of 32 rows, so that dk and dv stay in registers; one item a block unless over 2048 tokens selected it."""
+    """Tiles of 32 rows: dk and dv stay in registers; one item a block unless over 2048 tokens selected it."""
     exact = problem.dtype == "float32"
     wide = problem.d_qk + problem.d_v > 256 or exact
     config: Config = {"BLOCK_T": min(c.default_block_t(problem, 16 if exact else 32), 64)}
@@ -38,6 +38,7 @@ def defaults(problem: Problem) -> Config:
         **config,
         "BLOCK_N": min(problem.nsa.select_block_size, 32 if wide or crowded else 64),
         "CHUNK": 2048,
+        "split_mask": True,
         "num_warps": 8 if crowded else 4,
         "num_stages": 2,
         "maxnreg": 0,
@@ -74,6 +75,7 @@ SPEC = KernelSpec(
         Param("BLOCK_T", (1, 2, 4, 8, 16, 32, 64), "query tokens a tile"),
         Param("BLOCK_N", (16, 32, 64, 128), "keys a tile"),
         Param("CHUNK", (512, 1024, 2048, 4096), "entries of a block's token list that one program walks"),
+        b.SPLIT_QUERIES,
         b.NUM_WARPS,
         b.NUM_STAGES,
         c.MAXNREG,
