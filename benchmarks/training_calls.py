@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from training_page import BACKWARD, BOTH, FORWARD, NOT_SUPPORTED, SAVING, Memory
 
 from nsa_autotune import ops
-from nsa_autotune.bench.library import SDPA_BACKENDS, _why_not
+from nsa_autotune.bench.library import SDPA_BACKENDS, why_not
 from nsa_autotune.bench.timing import Fn
 from nsa_autotune.cli.bench_entries import MEAN_FORWARD, Bench, Entry, cost_of, dense_cost
 from nsa_autotune.dispatch.dispatcher import Dispatcher
@@ -119,7 +119,7 @@ def try_out(
         peak = peak_bytes(contender.call(work), device)
         found.append((contender, Memory(who, work, problem, kv_heads, contender.input_bytes, peak)))
 
-    reason = _why_not(attempt)
+    reason = why_not(attempt)
     return (reason, []) if reason is not None else (found[0][0], [found[0][1]])
 
 

@@ -70,7 +70,7 @@ def _dense(provider: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Call, str] |
             with sdpa_kernel(backend):
                 return scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=grouped)
 
-        if (reason := _why_not(call)) is None:
+        if (reason := why_not(call)) is None:
             return call, ""
         reasons.append(reason)
     return None, f"{provider} cannot serve this problem: {reasons[-1]}"
@@ -93,11 +93,11 @@ def _flex_window(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Cal
     def call() -> object:
         return compiled(q, k, v, block_mask=mask, enable_gqa=problem.group_size > 1)
 
-    reason = _why_not(call)
+    reason = why_not(call)
     return (call, "") if reason is None else (None, f"flex_attention cannot serve this problem: {reason}")
 
 
-def _why_not(call: Call) -> str | None:
+def why_not(call: Call) -> str | None:
     """Try a call: None if it works, else the library's reasons, which come as warnings and an exception."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

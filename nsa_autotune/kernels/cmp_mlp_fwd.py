@@ -79,6 +79,11 @@ def _tiles_fit(problem: Problem, config: Config) -> bool:
     return stages * tile <= c.SHARED_LIMIT_BYTES
 
 
+def _no_narrow_wgmma(problem: Problem, config: Config) -> bool:
+    """Tiles of 64 rows and more are multiplied by WGMMA, on the H100 wrongly if 16 or 32 columns wide (Triton 3.6)."""
+    return int(config["BLOCK_C"]) < 64 or all(chunk["size"] >= 64 for chunk in _chunks(problem))
+
+
 SPEC = KernelSpec(
     family="cmp_mlp_fwd",
     doc="compressed keys or values by a learned MLP with intra-block position encoding",
@@ -102,6 +107,7 @@ SPEC = KernelSpec(
     constraints=(
         Constraint("hidden sums and one output tile must fit in 240 registers a thread", _registers_fit),
         Constraint("pipelined tiles must fit in 227 KiB of shared memory", _tiles_fit),
+        Constraint("64 rows and more need head dims that split into chunks of at least 64", _no_narrow_wgmma),
     ),
     rules=(
         ProblemRule(
