@@ -1,4 +1,4 @@
-"""A small decoder: pre-norm, RMSNorm, SwiGLU; attention is NativeSparseAttention or dense."""
+"""A small decoder: pre-norm, RMSNorm, short convolution, SwiGLU; attention is NativeSparseAttention or dense."""
 
 from __future__ import annotations
 
@@ -49,6 +49,19 @@ class DenseAttention(nn.Module):
         return out
 
 
+class ShortConvolution(nn.Module):
+    """x plus a causal depthwise convolution over the last `width` tokens: a value gets to know the key before it."""
+
+    def __init__(self, hidden: int, width: int = 4) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden, 1, width).uniform_(-1.0, 1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[B, T, hidden]`; returns the shape of x."""
+        padded = F.pad(x.transpose(1, 2), (self.weight.shape[-1] - 1, 0))
+        return x + F.conv1d(padded, self.weight, groups=x.shape[-1]).transpose(1, 2)
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)), about 8/3 as wide as x."""
 
@@ -65,12 +78,12 @@ class SwiGLU(nn.Module):
 
 
 class Layer(nn.Module):
-    """x + attention(norm(x)), then x + swiglu(norm(x))."""
+    """x + attention(convolution(norm(x))), then x + swiglu(norm(x))."""
 
     def __init__(self, sizes: Sizes, attention: str) -> None:
         super().__init__()
         self.attention_norm, self.mlp_norm = nn.RMSNorm(sizes.hidden), nn.RMSNorm(sizes.hidden)
-        self.mlp = SwiGLU(sizes.hidden)
+        self.convolution, self.mlp = ShortConvolution(sizes.hidden), SwiGLU(sizes.hidden)
         if attention == "nsa":
             heads = (sizes.heads, sizes.kv_heads, sizes.head_dim)
             self.attention: nn.Module = NativeSparseAttention(sizes.hidden, *heads, config=sizes.nsa)
@@ -79,7 +92,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[B, T, hidden]`; returns the shape of x."""
-        x = x + self.attention(self.attention_norm(x))
+        x = x + self.attention(self.convolution(self.attention_norm(x)))
         out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out
 
@@ -105,6 +118,8 @@ class Decoder(nn.Module):
 
 
 def _start(module: nn.Module) -> None:
-    """Small normal weights; the compression inside NativeSparseAttention keeps its own."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
+    """Normal weights that keep the variance; the compression inside NativeSparseAttention keeps its own."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)

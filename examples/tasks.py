@@ -31,9 +31,9 @@ class Recall:
     """
 
     seq: int
-    pairs: int = 32
-    keys: int = 64
-    values: int = 32
+    pairs: int = 256
+    keys: int = 512
+    values: int = 64
     noise: int = 16
     window: int = 512
 

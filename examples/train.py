@@ -3,8 +3,8 @@
 python examples/train.py --task recall --attention nsa     # and again with --attention dense, then curves.py
 python examples/train.py --device cpu --seq 256 --steps 3 --batch 2 --hidden 64 --heads 4 --kv-heads 1 --head-dim 16
 
-The folder --out gets options.json, log.jsonl (a record every --log-every steps), and curves.png where matplotlib is
-installed. On a CPU the reference implementation runs.
+The folder --out gets options.json, log.jsonl (a record every --log-every steps), result.json (on fresh data), and
+curves.png where matplotlib is installed. On a CPU the reference implementation runs.
 """
 
 from __future__ import annotations
@@ -46,13 +46,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, float32 on a CPU"
     )
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--stop-at", type=float, default=1.0, help="end when a record's mean accuracy reaches it")
     for name, value, meaning in (
         ("seq", 4096, "tokens of a sequence"),
         ("batch", 8, "sequences of a step"),
         ("steps", 2000, "steps of the optimizer"),
         ("log-every", 10, "steps between records"),
         ("seed", 0, "of weights and data"),
-        ("pairs", 32, "key-value pairs of a sequence (recall)"),
+        ("pairs", 256, "key-value pairs of a sequence (recall)"),
         ("window", 512, "sliding window, in tokens"),
         ("num-selected", 16, "selected blocks of 64 tokens, forced ones included"),
         ("hidden", 512, "width of the decoder"),
@@ -116,14 +117,18 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self.device.type, getattr(torch, self.options.dtype))
 
-    def step(self) -> tuple[Tensor, Tensor]:
-        """One step on fresh data: loss and accuracy, on the device."""
+    def score(self) -> tuple[Tensor, Tensor]:
+        """Loss and accuracy of a fresh batch, on the device."""
         tokens, targets = (t.to(self.device) for t in self.task.batch(self.options.batch, self.data))
         with self.precision():
             logits = self.model(tokens)
         asked = targets != IGNORED
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
-        right = ((logits.argmax(-1) == targets) & asked).sum() / asked.sum()
+        return loss, ((logits.argmax(-1) == targets) & asked).sum() / asked.sum()
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        """One step on fresh data: loss and accuracy, on the device."""
+        loss, right = self.score()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -151,7 +156,17 @@ class Trainer:
                 "tokens_per_s": round(tokens / seconds),
                 "peak_memory_bytes": self.peak_memory(),
             }
+            if means["accuracy"] >= self.options.stop_at:
+                return
             losses, rights, started = [], [], time.perf_counter()
+
+    def evaluate(self, batches: int = 8) -> Record:
+        """Means over batches that training never saw."""
+        self.data = torch.Generator().manual_seed(self.options.seed + 1_000_003)
+        with torch.no_grad():
+            found = [torch.stack(self.score()) for _ in range(batches)]
+        loss, accuracy = torch.stack(found).mean(0).tolist()
+        return {"evaluation_loss": loss, "evaluation_accuracy": accuracy, "evaluation_batches": batches}
 
     def peak_memory(self) -> int | None:
         """Most bytes that tensors held on the GPU so far; None on a CPU."""
@@ -167,7 +182,7 @@ def train(options: argparse.Namespace, console: Console) -> list[Record]:
     named = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     (options.out / "options.json").write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    records = []
+    records, started = [], time.perf_counter()
     with (
         Progress(*columns, console=console) as progress,
         (options.out / "log.jsonl").open("w", encoding="utf-8") as log,
@@ -179,6 +194,9 @@ def train(options: argparse.Namespace, console: Console) -> list[Record]:
             log.flush()
             state = f"loss {record['loss']:.3f}  accuracy {record['accuracy']:.3f}  {record['tokens_per_s']:,} tokens/s"
             progress.update(bar, completed=record["step"], description=f"{options.task}, {options.attention}: {state}")
+        result = {"seconds": round(time.perf_counter() - started, 1), **records[-1], **trainer.evaluate()}
+    (options.out / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    console.print(json.dumps(result))
     drawn = curves.draw([options.out], options.out / "curves.png")
     console.print(f"wrote {options.out}" + ("" if drawn else " (no curves.png: matplotlib is not installed)"))
     return records

@@ -46,8 +46,15 @@ def test_the_loss_falls(train: ModuleType, tmp_path: Path, task: str, attention:
     assert records[-1]["loss"] < records[0]["loss"] - 0.1
     assert [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] == records
     assert set(records[0]) == {"step", "loss", "accuracy", "tokens_per_s", "peak_memory_bytes"}
+    result = json.loads((out / "result.json").read_text())
+    assert result["step"] == steps and abs(result["evaluation_loss"] - records[-1]["loss"]) < 1
     assert json.loads((out / "options.json").read_text())["attention"] == attention
     assert (out / "curves.png").exists() or "matplotlib is not installed" in console.export_text()
+
+
+def test_a_run_ends_when_it_is_accurate_enough(train: ModuleType, tmp_path: Path) -> None:
+    words = f"--seq 64 --steps 9 --log-every 2 --stop-at 0.0 --out {tmp_path} {TINY}".split()
+    assert [r["step"] for r in train.train(train.parse(words), Console(quiet=True))] == [2]
 
 
 def test_equal_seeds_give_equal_runs(train: ModuleType, tmp_path: Path) -> None:

@@ -1,8 +1,15 @@
-"""Launch every family's structural variants once on small problems, for a tool that watches: `make sanitize`."""
+"""Launch every family's structural variants and every shipped winner once on small problems, for a tool that watches.
+
+`make sanitize` runs it under compute-sanitizer. A winner's problem shrinks to TOKENS and one kv head.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -10,28 +17,57 @@ from nsa_autotune.bench.inputs import make_inputs
 from nsa_autotune.codegen.golden import structural_configs
 from nsa_autotune.codegen.load import load
 from nsa_autotune.codegen.render import render
-from nsa_autotune.kernels import all_specs
-from nsa_autotune.spec import Problem
+from nsa_autotune.errors import InvalidConfig
+from nsa_autotune.kernels import all_specs, get_spec
+from nsa_autotune.spec import Config, KernelSpec, Problem
 
+TOKENS = 1000
+WINNERS = Path(__file__).resolve().parents[2] / "tuning_db"
 PROBLEMS = (
     Problem(batch=2, seq_q=193, seq_k=193, num_q_heads=16, num_kv_heads=1, d_qk=64, d_v=64),
     Problem(batch=4, seq_q=301, seq_k=301, num_q_heads=10, num_kv_heads=2, d_qk=96, d_v=64, layout="packed"),
 )
+Work = tuple[KernelSpec, Problem, Config]
 
 
-def main() -> int:
-    """Launch and wait; a fault shows in the watching tool's report and exit code."""
-    launched = 0
+def structures() -> Iterator[Work]:
+    """Every structural variant on both problems."""
     for spec in all_specs().values():
         for problem in PROBLEMS:
-            inputs = make_inputs(spec, problem, "cuda:0")
-            for config in structural_configs(spec, problem):
-                inputs.call(load(render(spec, problem, config)).launch)
-                torch.cuda.synchronize()
-                launched += 1
+            yield from ((spec, problem, config) for config in structural_configs(spec, problem))
+
+
+def winners(gpu: str) -> Iterator[Work]:
+    """The shipped winners of one GPU, each config of a family and head dim once."""
+    seen = set()
+    for file in sorted(WINNERS.glob("*.jsonl")):
+        for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+            if row.get("record") != "winner" or row["fingerprint"]["gpu"] != gpu:
+                continue
+            problem = Problem.from_dict(row["problem"])
+            small = replace(problem, seq_q=TOKENS, seq_k=TOKENS, num_q_heads=problem.group_size, num_kv_heads=1)
+            key = (row["family"], problem.d_qk, problem.d_v, json.dumps(row["config"], sort_keys=True))
+            if key not in seen:
+                seen.add(key)
+                yield get_spec(row["family"]), small, row["config"]
+
+
+def main(arguments: list[str]) -> int:
+    """Launch and wait; a fault shows in the watching tool's report. `i/n` launches every n-th."""
+    part, parts = map(int, (arguments or ["0/1"])[0].split("/"))
+    work = [*structures(), *winners(torch.cuda.get_device_name(0))]
+    launched = 0
+    for spec, problem, config in work[part::parts]:
+        try:
+            make_inputs(spec, problem, "cuda:0").call(load(render(spec, problem, config)).launch)
+        except InvalidConfig as error:
+            print(f"left out: {error}")
+            continue
+        torch.cuda.synchronize()
+        launched += 1
     print(f"launched {launched} variants of {len(all_specs())} families")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
