@@ -146,6 +146,7 @@ def test_every_rule_has_a_reason_and_can_be_broken_or_met(family: str) -> None:
     problems = [
         Problem(nsa=NSAConfig(32, 2, 256, num_selected=64)),
         Problem(d_qk=256, d_v=256, dtype="float32", num_kv_heads=64, phi_hidden=256),
+        Problem(d_qk=96, d_v=96),
     ]
     names = [param.name for param in spec.params]
     wider = {"num_warps": (2, 16), "BLOCK_T": (1, 2, 128)}  # 16 warps: what the rule on registers is there for
