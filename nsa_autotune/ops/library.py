@@ -24,27 +24,30 @@ from .serve import Call
 Tensors = Sequence[Tensor]
 
 
-def _call(x: Tensor, index: Tensors, constants: str, seq_k: int, scale: float, dispatcher: int) -> Call:
+def make_call(x: Tensor, index: Tensors, constants: str, seq_k: int, scale: float, dispatcher: int) -> Call:
+    """What an operator's arguments stand for."""
     config = NSAConfig.from_text(constants)
     layout = PackedLayout.from_tensors(index, seq_k, config) if index else None
     return Call(config, seq_k, scale, layout, serve.from_handle(dispatcher, x))
 
 
-def _exactly(x: Tensor) -> Any:
+def exactly(x: Tensor) -> Any:
     """Within it, autocast changes no dtype: operators compute in the dtype of their inputs."""
     return torch.autocast(x.device.type, enabled=False)
 
 
-def _filled(found: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+def filled(found: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
     """An operator returns tensors only: an empty one stands for None."""
     return [like.new_empty(0) if g is None else g for g in found]
 
 
-def _wanted(found: Tensors, needs: Sequence[bool]) -> list[Tensor | None]:
+def wanted(found: Tensors, needs: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients that autograd asked for."""
     return [g if need else None for g, need in zip(found, needs, strict=True)]
 
 
-def _refuse(ctx: Any, *grads: Tensor | None) -> Any:
+def refuse(ctx: Any, *grads: Tensor | None) -> Any:
+    """The gradient of a gradient: a sentence."""
     remedy = "Use create_graph=False, or nsa_autotune.reference, which is differentiable twice."
     raise InvalidInput("native sparse attention has no second derivative", {}, remedy)
 
@@ -52,8 +55,8 @@ def _refuse(ctx: Any, *grads: Tensor | None) -> Any:
 @custom_op("nsa_autotune::compress", mutates_args=())
 def compress(x: Tensor, weights: Tensors, index: Tensors, constants: str, dispatcher: int) -> Tensor:
     """Eq. 7: phi with its weights, or the mean without."""
-    call = _call(x, index, constants, x.shape[-3], 1.0, dispatcher)
-    with _exactly(x):
+    call = make_call(x, index, constants, x.shape[-3], 1.0, dispatcher)
+    with exactly(x):
         return launches.launch_compress(x, *weights, config=call.config, layout=call.layout, dispatcher=call.dispatcher)
 
 
@@ -68,11 +71,11 @@ def compress_backward(
     dout: Tensor, x: Tensor, weights: Tensors, index: Tensors, constants: str, dispatcher: int
 ) -> list[Tensor]:
     """Gradients of x and the weights."""
-    call = _call(x, index, constants, x.shape[-3], 1.0, dispatcher)
+    call = make_call(x, index, constants, x.shape[-3], 1.0, dispatcher)
     needs = [True] * (1 + len(weights))
     how = (call.config, call.layout, call.dispatcher)
-    with _exactly(x):
-        return _filled(backward.compress_gradients(*how, [x, *weights], (), [dout], needs), x)
+    with exactly(x):
+        return filled(backward.compress_gradients(*how, [x, *weights], (), [dout], needs), x)
 
 
 @compress_backward.register_fake
@@ -107,8 +110,8 @@ def attend(
     dispatcher: int,
 ) -> tuple[Tensor, Tensor]:
     """(o, lse) of one branch: "cmp", "slc" (with blocks) or "win"."""
-    call = _call(q, index, constants, seq_k, scale, dispatcher)
-    with _exactly(q):
+    call = make_call(q, index, constants, seq_k, scale, dispatcher)
+    with exactly(q):
         return launches.launch_attention(branch, q, k, v, blocks, call)
 
 
@@ -132,19 +135,20 @@ def attend_backward(
     dispatcher: int,
 ) -> list[Tensor]:
     """Gradients of q, k, v; `saved` is q, k, v, o, lse."""
-    call = _call(saved[0], index, constants, seq_k, scale, dispatcher)
-    with _exactly(saved[0]):
+    call = make_call(saved[0], index, constants, seq_k, scale, dispatcher)
+    with exactly(saved[0]):
         found = backward.branch_gradients(branch, call, blocks, saved[:3], saved[3:], (do, dlse), needs)
-    return _filled(found, saved[0])
+    return filled(found, saved[0])
 
 
 @attend_backward.register_fake
 def _(branch: str, saved: Tensors, do: Any, dlse: Any, blocks: Any, needs: Sequence[bool], *_rest: Any) -> list[Tensor]:
     keys = needs[1] or needs[2]
-    return _shapes(saved[:3], (needs[0], keys, keys))
+    return shapes(saved[:3], (needs[0], keys, keys))
 
 
-def _shapes(tensors: Tensors, needs: Sequence[bool]) -> list[Tensor]:
+def shapes(tensors: Tensors, needs: Sequence[bool]) -> list[Tensor]:
+    """Fake gradients of the tensors, empty where none is needed."""
     empty = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
     return [e if need else e.new_empty(0) for e, need in zip(empty, needs, strict=True)]
 
@@ -161,7 +165,7 @@ def _attend_gradient(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> Any:
     index, blocks = list(others[: ctx.num_index]), (*others[ctx.num_index :], None)[0]
     needs = list(ctx.needs_input_grad[1:4])
     found = attend_backward(ctx.branch, saved, do, dlse, blocks, needs, index, *ctx.rest)
-    return None, *_wanted(found, needs), None, [None] * len(index), None, None, None, None
+    return None, *wanted(found, needs), None, [None] * len(index), None, None, None, None
 
 
 @custom_op("nsa_autotune::select_blocks", mutates_args=())
@@ -169,8 +173,8 @@ def select_blocks(
     q: Tensor, k: Tensor, lse: Tensor, index: Tensors, constants: str, seq_k: int, scale: float, dispatcher: int
 ) -> Tensor:
     """Eq. 8-12; no gradient: q, k and lse get theirs from compressed attention."""
-    call = _call(q, index, constants, seq_k, scale, dispatcher)
-    with _exactly(q):
+    call = make_call(q, index, constants, seq_k, scale, dispatcher)
+    with exactly(q):
         return launches.launch_select(q, k, lse, call)
 
 
@@ -182,7 +186,7 @@ def _(q: Tensor, k: Tensor, lse: Tensor, index: Tensors, constants: str, *_rest:
 @custom_op("nsa_autotune::combine", mutates_args=())
 def combine(gates: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, dispatcher: int) -> Tensor:
     """Eq. 5."""
-    with _exactly(gates):
+    with exactly(gates):
         served = serve.from_handle(dispatcher, gates)
         return launches.launch_combine(gates, o_cmp, o_slc, o_win, dispatcher=served)
 
@@ -196,8 +200,8 @@ def _(gates: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, dispatcher: in
 def combine_backward(do: Tensor, gates: Tensor, outputs: Tensors, dispatcher: int) -> list[Tensor]:
     """Gradients of the gates and the three outputs."""
     served = serve.from_handle(dispatcher, do)
-    with _exactly(do):
-        return _filled(backward.combine_gradients(served, [gates, *outputs], (), [do], ()), do)
+    with exactly(do):
+        return filled(backward.combine_gradients(served, [gates, *outputs], (), [do], ()), do)
 
 
 @combine_backward.register_fake
@@ -212,15 +216,15 @@ def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _combine_gradient(ctx: Any, do: Tensor) -> Any:
     gates, *outputs = ctx.saved_tensors
-    return *_wanted(combine_backward(do, gates, outputs, ctx.dispatcher), ctx.needs_input_grad[:4]), None
+    return *wanted(combine_backward(do, gates, outputs, ctx.dispatcher), ctx.needs_input_grad[:4]), None
 
 
 for _operator, _gradient, _setup in (
     (compress, _compress_gradient, _compress_setup),
     (attend, _attend_gradient, _attend_setup),
     (combine, _combine_gradient, _combine_setup),
-    (compress_backward, _refuse, None),
-    (attend_backward, _refuse, None),
-    (combine_backward, _refuse, None),
+    (compress_backward, refuse, None),
+    (attend_backward, refuse, None),
+    (combine_backward, refuse, None),
 ):
     _operator.register_autograd(_gradient, setup_context=_setup)

@@ -12,7 +12,7 @@ from torch.library import custom_op
 from ..config import NSAConfig
 from ..dense import softmax_dtype
 from . import backward, launches
-from .library import Tensors, _call, _exactly, _filled, _refuse, _shapes, _wanted
+from .library import Tensors, exactly, filled, make_call, refuse, shapes, wanted
 
 NUM_KEYS = 6  # k_cmp, v_cmp, k_slc, v_slc, k_win, v_win
 BRANCHES = ("cmp", "slc", "win")
@@ -36,8 +36,8 @@ def gated_attention(
     dispatcher: int,
 ) -> list[Tensor]:
     """[out, blocks, lse_cmp, lse_slc, lse_win], and unless `recompute` also o_cmp, o_slc, o_win."""
-    call = _call(q, index, constants, seq_k, scale, dispatcher)
-    with _exactly(q):
+    call = make_call(q, index, constants, seq_k, scale, dispatcher)
+    with exactly(q):
         o_cmp, lse_cmp = launches.launch_attention("cmp", q, k_cmp, v_cmp, None, call)
         blocks = launches.launch_select(q, k_cmp, lse_cmp, call)
         o_slc, lse_slc = launches.launch_attention("slc", q, k_slc, v_slc, blocks, call)
@@ -72,10 +72,10 @@ def gated_attention_backward(
     dispatcher: int,
 ) -> list[Tensor]:
     """Gradients of gates, q and the keys and values; without `outputs` the branches are computed again."""
-    call = _call(q, index, constants, seq_k, scale, dispatcher)
-    with _exactly(q):
+    call = make_call(q, index, constants, seq_k, scale, dispatcher)
+    with exactly(q):
         found = backward.gated_attention_gradients(do, gates, q, keys, blocks, outputs, lses, needs, call)
-    return _filled(found, q)
+    return filled(found, q)
 
 
 @gated_attention_backward.register_fake
@@ -84,7 +84,7 @@ def _(
 ) -> list[Tensor]:
     needs = rest[0]
     both = [needs[n] or needs[n ^ 1] for n in range(2, 2 + NUM_KEYS)]  # a kernel writes dk and dv
-    return _shapes([gates, q, *keys], [True, needs[1], *both])
+    return shapes([gates, q, *keys], [True, needs[1], *both])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
@@ -103,8 +103,8 @@ def _gradient(ctx: Any, grads: Sequence[Tensor | None]) -> Any:
     index, (blocks, *others) = saved[: ctx.num_index], saved[ctx.num_index :]
     needs = list(ctx.needs_input_grad[: 2 + NUM_KEYS])
     found = gated_attention_backward(grads[0], gates, q, keys, blocks, others[:3], others[3:], needs, index, *ctx.rest)
-    return *_wanted(found, needs), *nothing
+    return *wanted(found, needs), *nothing
 
 
 gated_attention.register_autograd(_gradient, setup_context=_setup)
-gated_attention_backward.register_autograd(_refuse)
+gated_attention_backward.register_autograd(refuse)
