@@ -68,7 +68,7 @@ def attention_gradients(
             dq.zero_()
         return (torch.zeros_like(k), torch.zeros_like(v)) if keys else (None, None)
     given = {"q": q, "k": k, "v": v, "do": do, "lse": lse, "delta": delta, "gate": gate}
-    given |= {} if blocks is None else {"blocks": blocks}
+    given |= {} if blocks is None else {"blocks": blocks.contiguous()}
     if dq is not None:
         _launch(f"{branch}_attn_bwd_dq", {**given, "dq": dq, "accumulate": add}, call)
     if not keys:

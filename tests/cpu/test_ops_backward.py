@@ -19,6 +19,7 @@ from nsa_autotune.reference import PhiWeights
 from nsa_autotune.spec import KernelSpec
 
 FORMS = ("batched", "short_q", "packed")
+PATCH = pytest.MonkeyPatch
 
 
 @pytest.fixture
@@ -128,6 +129,22 @@ def test_expanded_and_strided_gradients_of_the_output(equations: Equations) -> N
     out = ops.nsa_attention(**tensors, config=CONFIG, dispatcher=equations)
     out.backward(torch.ones(out.transpose(1, 2).shape).transpose(1, 2))
     torch.testing.assert_close(expanded, leaf.grad)
+
+
+def test_kernels_get_the_blocks_of_a_view_in_their_own_layout(equations: Equations, monkeypatch: PATCH) -> None:
+    """Kernels count on contiguous blocks, forward and backward."""
+    leaves, asked = qkv(), []
+    blocks = torch.zeros(1, 30, CONFIG.num_selected, H, dtype=torch.int32).transpose(2, 3)
+    assert not blocks.is_contiguous()
+    real = equations.launch
+
+    def launch(spec: KernelSpec, shape: Any, problem: Any, device: Any, tensors: dict[str, Any]) -> None:
+        asked.append((spec.family, tensors["blocks"].is_contiguous()))
+        real(spec, shape, problem, device, tensors)
+
+    monkeypatch.setattr(equations, "launch", launch)
+    ops.selected_attention(*leaves, blocks, CONFIG, dispatcher=equations)[0].sum().backward()
+    assert asked == [(family, True) for family in ("slc_attn_fwd", "slc_attn_bwd_dq", "slc_attn_bwd_dkv")]
 
 
 def test_a_second_derivative_is_refused_and_not_wrong(equations: Equations) -> None:
