@@ -94,3 +94,20 @@ def test_every_template_is_package_data() -> None:
     templates = ROOT / "templates"
     shipped = {path for pattern in patterns for path in templates.glob(pattern)}
     assert set(TEMPLATES) <= shipped
+
+
+def test_shipped_winners_and_their_sources_are_the_same_variants() -> None:
+    from nsa_autotune.codegen.load import source_path
+    from nsa_autotune.codegen.render import render
+    from nsa_autotune.kernels import get_spec
+    from nsa_autotune.spec import Problem
+
+    for table in sorted((ROOT / "tuning_db").glob("*.jsonl")):
+        rows = [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines()]
+        winners = [row for row in rows if row["record"] == "winner"]
+        rendered = [render(get_spec(w["family"]), Problem.from_dict(w["problem"]), w["config"]) for w in winners]
+        wanted = {source_path(each).name: each.source for each in rendered}
+        folder = ROOT / "kernels_generated" / "winners" / table.stem
+        found = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.py")}
+        assert rendered and set(found) == set(wanted), "run scripts/ship_winners.py and add what it writes"
+        assert found == wanted
