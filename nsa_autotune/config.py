@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass, fields
 
 from .errors import InvalidConfig
@@ -67,6 +68,7 @@ class NSAConfig:
         )
 
     @staticmethod
+    @functools.lru_cache(maxsize=64)  # every operator of every step asks for the same few
     def from_text(text: str) -> NSAConfig:
         """What `to_text` wrote."""
         return NSAConfig(*map(int, text.split(",")))

@@ -59,9 +59,7 @@ def nsa_attention(
     served = serve.handle_of(dispatcher, strict)
     how: dict[str, Any] = {"layout": layout, "dispatcher": dispatcher, "strict": strict}
     k_cmp, v_cmp = compress(k, config, phi_k, **how), compress(v, config, phi_v, **how)
-    index = [] if layout is None else layout.tensors()
-    scale = float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
-    rest = (recompute, index, config.to_text(), k.shape[-3], scale, served)
+    rest = (recompute, serve.index_of(layout), config.to_text(), k.shape[-3], serve.scale_of(q, scale), served)
     keys = (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)
     out: Tensor = whole.gated_attention(gates.to(q.dtype), q, *keys, *rest)[0]
     return out

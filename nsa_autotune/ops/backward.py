@@ -135,16 +135,11 @@ def gate_gradients(
 
 
 def combine_gradients(
-    dispatcher: Dispatcher | None,
-    saved: Sequence[Tensor],
-    outputs: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    needs: Sequence[bool],
-) -> Gradients:
+    do: Tensor, gates: Tensor, outputs: Sequence[Tensor], dispatcher: Dispatcher | None
+) -> list[Tensor]:
     """Gradients of gates and of the branches' outputs, for a gated sum used alone."""
-    gates, *branches = saved
-    do = torch.zeros_like(outputs[0]) if grads[0] is None else grads[0].contiguous()
-    dgates, _ = gate_gradients(do, gates.contiguous(), [o.contiguous() for o in branches], dispatcher)
+    do = do.contiguous()
+    dgates, _ = gate_gradients(do, gates.contiguous(), [o.contiguous() for o in outputs], dispatcher)
     return [dgates, *(do * gates[..., number, None] for number in range(3))]
 
 
@@ -182,21 +177,19 @@ def gated_attention_gradients(
 
 
 def compress_gradients(
+    dout: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
     config: NSAConfig,
     layout: PackedLayout | None,
     dispatcher: Dispatcher | None,
-    saved: Sequence[Tensor],
-    outputs: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    needs: Sequence[bool],
-) -> Gradients:
+) -> list[Tensor]:
     """Gradients of x, and of phi's position, w1, b1, w2, b2 if it is learned."""
-    x, *weights = saved
-    dout, dx = grads[0], torch.empty_like(saved[0], memory_format=torch.contiguous_format)
-    if dout is None or dout.numel() == 0 or x.numel() == 0:
-        return [torch.zeros_like(t) for t in saved]
+    if dout.numel() == 0 or x.numel() == 0:
+        return [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (x, *weights)]
     if not serve.on_kernels(x):
         return _compress_equation(x, weights, dout, config, layout)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     tensors: dict[str, Any] = {"dout": dout.contiguous(), "dx": dx}
     family, hidden = "cmp_pool_bwd", 128
     if weights:
@@ -208,12 +201,12 @@ def compress_gradients(
     serve.launch(dispatcher, spec, shape, problem, {**tensors, **index_tensors(spec, layout)}, x.device)
     if not weights:
         return [dx]
-    return _unfold_bias(saved, {name: tensors[name] for name in ("dx", "dw1", "db1", "dw2", "db2")})
+    return _unfold_bias([x, *weights], {name: tensors[name] for name in ("dx", "dw1", "db1", "dw2", "db2")})
 
 
 def _compress_equation(
     x: Tensor, weights: Sequence[Tensor], dout: Tensor, config: NSAConfig, layout: PackedLayout | None
-) -> Gradients:
+) -> list[Tensor]:
     if not weights:
         return [gradients.pool_gradient(dout, x.shape[-3], config, layout).contiguous()]
     position, w1, b1, w2, _ = weights
@@ -221,7 +214,7 @@ def _compress_equation(
     return _unfold_bias([x, *weights], gradients.mlp_gradients(x, w1, bias, w2, dout, config, layout))
 
 
-def _unfold_bias(saved: Sequence[Tensor], found: dict[str, Tensor]) -> Gradients:
+def _unfold_bias(saved: Sequence[Tensor], found: dict[str, Tensor]) -> list[Tensor]:
     """Gradients of x and phi's weights from those of x, w1, w2, b2 and of the folded bias b1 + flatten(position) w1."""
     position, w1 = saved[1:3]
     dbias = found["db1"]

@@ -16,10 +16,6 @@ from ..reference import PhiWeights
 from . import checks, library, serve
 
 
-def _scale(q: Tensor, scale: float | None) -> float:
-    return float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
-
-
 def compress(
     x: Tensor,
     config: NSAConfig,
@@ -36,7 +32,9 @@ def compress(
     if phi is not None:
         _check_phi(x, phi, config)
     weights = [] if phi is None else [phi.position, phi.w1, phi.b1, phi.w2, phi.b2]
-    out: Tensor = library.compress(x, weights, _index(layout), config.to_text(), serve.handle_of(dispatcher, strict))
+    out: Tensor = library.compress(
+        x, weights, serve.index_of(layout), config.to_text(), serve.handle_of(dispatcher, strict)
+    )
     return out
 
 
@@ -93,7 +91,7 @@ def select_blocks(
     """Eq. 8-12: the n blocks of every token and kv head, int32 `[.., TQ, H, n]`, ascending, unused slots -1."""
     tokens = _check_compressed(q, k_cmp, config, seq_k, layout)
     checks.check_lse(lse, q)
-    rest = (_index(layout), config.to_text(), tokens, _scale(q, scale), serve.handle_of(dispatcher))
+    rest = (serve.index_of(layout), config.to_text(), tokens, serve.scale_of(q, scale), serve.handle_of(dispatcher))
     blocks: Tensor = library.select_blocks(q, k_cmp, lse, *rest)
     return blocks
 
@@ -142,13 +140,9 @@ def _attend(
     layout: PackedLayout | None,
     dispatcher: Dispatcher | None,
 ) -> tuple[Tensor, Tensor]:
-    rest = (_index(layout), config.to_text(), seq_k, _scale(q, scale), serve.handle_of(dispatcher))
+    rest = (serve.index_of(layout), config.to_text(), seq_k, serve.scale_of(q, scale), serve.handle_of(dispatcher))
     o, lse = library.attend(branch, q, k, v, blocks, *rest)
     return o, lse
-
-
-def _index(layout: PackedLayout | None) -> list[Tensor]:
-    return [] if layout is None else layout.tensors()
 
 
 def combine(
@@ -176,9 +170,7 @@ def _check_compressed(
     q: Tensor, k_cmp: Tensor, config: NSAConfig, seq_k: int | None, layout: PackedLayout | None
 ) -> int:
     """The number of raw keys behind k_cmp, which must hold as many blocks as they make."""
-    tokens = q.shape[-3] if seq_k is None else seq_k
-    if layout is not None:
-        tokens = layout.total_k
+    tokens = layout.total_k if layout is not None else q.shape[-3] if seq_k is None else seq_k
     checks.check_query(q, layout)
     checks.check_key("k_cmp", k_cmp, q, q.shape[-1])
     checks.check_lengths(q, tokens, layout)

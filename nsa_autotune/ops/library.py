@@ -72,10 +72,8 @@ def compress_backward(
 ) -> list[Tensor]:
     """Gradients of x and the weights."""
     call = make_call(x, index, constants, x.shape[-3], 1.0, dispatcher)
-    needs = [True] * (1 + len(weights))
-    how = (call.config, call.layout, call.dispatcher)
     with exactly(x):
-        return filled(backward.compress_gradients(*how, [x, *weights], (), [dout], needs), x)
+        return backward.compress_gradients(dout, x, weights, call.config, call.layout, call.dispatcher)
 
 
 @compress_backward.register_fake
@@ -201,7 +199,7 @@ def combine_backward(do: Tensor, gates: Tensor, outputs: Tensors, dispatcher: in
     """Gradients of the gates and the three outputs."""
     served = serve.from_handle(dispatcher, do)
     with exactly(do):
-        return filled(backward.combine_gradients(served, [gates, *outputs], (), [do], ()), do)
+        return backward.combine_gradients(do, gates, outputs, served)
 
 
 @combine_backward.register_fake

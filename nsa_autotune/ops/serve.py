@@ -57,6 +57,16 @@ def from_handle(handle: int, x: Tensor) -> Dispatcher | None:
     return dispatcher
 
 
+def scale_of(q: Tensor, scale: float | None) -> float:
+    """The factor of the scores: `scale`, or 1 / sqrt(D_QK)."""
+    return float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
+
+
+def index_of(layout: PackedLayout | None) -> list[Tensor]:
+    """What operators take of a layout."""
+    return [] if layout is None else layout.tensors()
+
+
 def on_kernels(x: Tensor) -> bool:
     """True if kernels serve x, False if the equations do."""
     return x.is_cuda
