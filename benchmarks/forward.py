@@ -93,10 +93,12 @@ def write_results(report: Report, folder: Path) -> list[Path]:
     """The dated page and the JSON behind it; returns their paths."""
     date, gpu = report.created[:10], report.fingerprint["gpu"]
     stem = f"{date}-{gpu_slug(gpu)}-forward"
-    texts = {
-        folder / f"{stem}.md": markdown(report, f"Forward on {gpu}, {date}"),
-        folder / f"{stem}.json": json_text(report),
-    }
+    return write_page(folder / stem, markdown(report, f"Forward on {gpu}, {date}"), json_text(report))
+
+
+def write_page(stem: Path, page: str, data: str) -> list[Path]:
+    """`<stem>.md` and `<stem>.json`; returns their paths."""
+    texts = {stem.with_name(f"{stem.name}.md"): page, stem.with_name(f"{stem.name}.json"): data}
     for path, text in texts.items():
         write_text(path, text)
     return list(texts)

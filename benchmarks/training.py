@@ -11,14 +11,13 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from forward import RESULTS, gpu_slug, without_places
+from forward import RESULTS, gpu_slug, without_places, write_page
 from training_calls import dense_entries, our_entries
 from training_page import (
     BOTH,
@@ -35,17 +34,12 @@ from training_page import (
     to_dict,
 )
 
-from nsa_autotune import __version__
-from nsa_autotune.bench.timing import make_clock
 from nsa_autotune.cli.bench import plan_work, say
 from nsa_autotune.cli.bench_entries import Bench, Work, branch_entries
 from nsa_autotune.cli.bench_report import CUDNN, FLASH, Report, Row, seq_text
-from nsa_autotune.cli.bench_run import check_device, check_plan, each_warning_once, measure_rates, time_group
-from nsa_autotune.cli.console import errors, write_text
+from nsa_autotune.cli.bench_run import check_device, check_plan, make_report, measure_rates, open_bench, time_group
+from nsa_autotune.cli.console import errors
 from nsa_autotune.cli.options import ProblemChoice, split
-from nsa_autotune.db.store import TuningStore
-from nsa_autotune.dispatch.dispatcher import Dispatcher
-from nsa_autotune.dispatch.fingerprint import current
 from nsa_autotune.errors import InvalidInput, NSAError
 from nsa_autotune.kernels import all_specs, get_spec
 from nsa_autotune.spec import Problem
@@ -110,22 +104,14 @@ def run(
     """Measure the plan and the sections asked for."""
     rows: list[Row] = []
     memory: list[Memory] = []
-    with ExitStack() as stack:
-        store = None if options.untuned else stack.enter_context(TuningStore(options.db))
-        stack.enter_context(each_warning_once(silent=options.untuned))
-
-        def make_dispatcher(locality: float | None) -> Dispatcher:
-            return Dispatcher(store) if locality is None else Dispatcher(store, locality=locality)
-
-        bench = Bench(where, make_clock(where), make_dispatcher, options.rounds, TARGET_MS, say)
+    how: dict[str, Any] = {"db": options.db, "untuned": options.untuned, "rounds": options.rounds, "say": say}
+    with open_bench(where, **how, target_ms=TARGET_MS) as bench:
         rates = {Problem().dtype: measure_rates(bench, Problem().dtype)}
         for section in sections(plan, options, bench):
             more_rows, more_memory = section()
             rows, memory = rows + more_rows, memory + more_memory
             free(where)
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    facts = (current(str(where)).to_dict(), command, now, __version__, options.rounds, options.untuned, rates)
-    return Report(*facts, tuple(rows)), memory
+    return make_report(bench, command, options.untuned, rates, rows), memory
 
 
 def sections(plan: Sequence[Work], options: argparse.Namespace, bench: Bench) -> list[Callable[[], Found]]:
@@ -144,13 +130,10 @@ def write_results(report: Report, memory: Sequence[Memory], options: argparse.Na
     asked = {"small-groups": options.small_groups, "memory": options.memory}
     only = [] if options.preset else [name for name, wanted in asked.items() if wanted]  # pages of their own
     stem = "-".join([date, gpu_slug(gpu), "training", *(["mlp"] if options.phi == "mlp" else []), *only])
-    texts = {
-        options.folder / f"{stem}.md": markdown(report, memory, f"Training on {gpu}, {date}"),
-        options.folder / f"{stem}.json": json.dumps(to_dict(report, memory), indent=1, allow_nan=False) + "\n",
-    }
-    for path, text in texts.items():
-        write_text(path, text)
-    return list(texts)
+    page = markdown(report, memory, f"Training on {gpu}, {date}")
+    return write_page(
+        options.folder / stem, page, json.dumps(to_dict(report, memory), indent=1, allow_nan=False) + "\n"
+    )
 
 
 def measure(work: Work, bench: Bench, phi: str) -> Found:

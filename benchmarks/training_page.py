@@ -14,6 +14,7 @@ from nsa_autotune.cli.bench_report import (
     Row,
     by_shape,
     facts,
+    markdown_table,
     ms_text,
     reasons,
     seq_text,
@@ -21,7 +22,6 @@ from nsa_autotune.cli.bench_report import (
     shape_text,
     tflops,
 )
-from nsa_autotune.cli.console import cell_text
 from nsa_autotune.config import NSAConfig
 from nsa_autotune.spec import Problem
 
@@ -43,7 +43,7 @@ GROUP_TOKENS, GROUP_KV_HEADS = 32768, 4
 NOT_SUPPORTED = "not supported"
 COLUMNS = ("work", "seq", "locality", "ms", "p20..p80", "TFLOP/s", "served", "vs cuDNN", "vs FA2", "mark ms")
 MEMORY_COLUMNS = ("who", "work", "seq", "kv heads", "inputs GiB", "peak over inputs GiB", "sum GiB")
-TEXTS = ("work", "served", "who", "kv heads")  # columns of words
+NUMBERS = tuple({*COLUMNS, *MEMORY_COLUMNS} - {"work", "served", "who", "kv heads"})
 NOTES = (
     "ms: median, with the 20th and 80th percentile, of samples on a cold L2 cache. Ours and cuDNN are interleaved.",
     "Fewer samples than named above: FlashAttention-2 from 128k tokens on 3, ours at 256k and 512k tokens 1.",
@@ -145,11 +145,11 @@ def memory_cells(memory: Memory) -> list[object]:
 
 def markdown(report: Report, memory: Sequence[Memory], title: str) -> str:
     """The whole page."""
-    lines = [f"# {title}", "", *_table(("what", "found"), facts(report), numbers=False)]
+    lines = [f"# {title}", "", *markdown_table(("what", "found"), facts(report), ())]
     for shape, rows in by_shape(report.rows).items():
-        lines += ["", f"## {shape}", "", *_table(COLUMNS, [cells(rows, row) for row in rows])]
+        lines += ["", f"## {shape}", "", *markdown_table(COLUMNS, [cells(rows, row) for row in rows], NUMBERS)]
         if held := [memory_cells(m) for m in memory if shape_text(m.problem) == shape]:
-            lines += ["", *_table(MEMORY_COLUMNS, held)]
+            lines += ["", *markdown_table(MEMORY_COLUMNS, held, NUMBERS)]
     if missing := reasons(report):
         lines += ["", "## Not measured", *(f"- {reason}" for reason in missing)]
     return "\n".join([*lines, "", "## How to read it", *(f"- {note}" for note in NOTES)]) + "\n"
@@ -162,9 +162,3 @@ def to_dict(report: Report, memory: Sequence[Memory]) -> dict[str, Any]:
         found["mark_ms"], found["verdict"] = mark_ms(row), verdict(row)
         found["speedup_over"] = {library: ratio(report.rows, row, library) for library in (CUDNN, FLASH)}
     return {**head, "memory": [{**asdict(m), "problem": m.problem.to_dict()} for m in memory]}
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[object]], numbers: bool = True) -> list[str]:
-    rule = ["---:" if numbers and name not in TEXTS else "---" for name in columns]
-    texts = [[cell_text(cell).replace("\\[", "[").replace("|", "\\|") for cell in row] for row in rows]
-    return [f"| {' | '.join(line)} |" for line in (list(columns), rule, *texts)]

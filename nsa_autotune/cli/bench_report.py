@@ -256,16 +256,17 @@ def tables(report: Report) -> list[Table]:
 
 def markdown(report: Report, title: str) -> str:
     """The whole report as one Markdown page."""
-    lines = [f"# {title}", "", *_markdown_table(("what", "found"), [list(fact) for fact in facts(report)], ())]
+    lines = [f"# {title}", "", *markdown_table(("what", "found"), [list(fact) for fact in facts(report)], ())]
     for shape, rows in by_shape(report.rows).items():
-        lines += ["", f"## {shape}", "", *_markdown_table(COLUMNS, [cells(report, row) for row in rows], NUMBERS)]
+        lines += ["", f"## {shape}", "", *markdown_table(COLUMNS, [cells(report, row) for row in rows], NUMBERS)]
     if missing := reasons(report):
         lines += ["", "## Not measured", *(f"- {reason}" for reason in missing)]
     lines += ["", "## How to read it", *(f"- {note}" for note in NOTES)]
     return "\n".join(lines) + "\n"
 
 
-def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[object]], numbers: Sequence[str]) -> list[str]:
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[object]], numbers: Sequence[str]) -> list[str]:
+    """Lines of a table; columns named in `numbers` are aligned to the right."""
     rule = ["---:" if name in numbers else "---" for name in columns]
     texts = [[cell_text(cell).replace("\\[", "[").replace("|", "\\|") for cell in row] for row in rows]
     return [f"| {' | '.join(line)} |" for line in (list(columns), rule, *texts)]

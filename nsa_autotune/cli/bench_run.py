@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 
@@ -18,7 +18,7 @@ from ..dispatch.fingerprint import current
 from ..errors import InvalidInput, InvalidProblem, KernelError, NSAError
 from ..kernels import all_specs
 from ..spec import Problem
-from .bench_entries import Bench, Entry, Work, branch_entries, dense_entries, launches, whole_entries
+from .bench_entries import TARGET_MS, Bench, Entry, Work, branch_entries, dense_entries, launches, whole_entries
 from .bench_report import Rates, Report, Row, seq_text
 
 MATRIX_WIDTH = 8192
@@ -41,6 +41,24 @@ def run(
     """Measure the plan on a GPU; raises InvalidInput without one, InvalidProblem before anything is measured."""
     where = check_device(device)
     check_plan(plan)
+    with open_bench(where, db=db, untuned=untuned, rounds=rounds, say=say) as bench:
+        dtypes = dict.fromkeys(work.problem.dtype for work in plan)
+        rates = {dtype: measure_rates(bench, dtype) for dtype in dtypes}
+        rows = tuple(row for work in plan for row in measure(work, bench, extras))
+    return make_report(bench, command, untuned, rates, rows)
+
+
+@contextmanager
+def open_bench(
+    where: torch.device,
+    *,
+    db: str | None,
+    untuned: bool,
+    rounds: int,
+    say: Callable[[str], None],
+    target_ms: float = TARGET_MS,
+) -> Iterator[Bench]:
+    """What measures on a device; its dispatchers ask the database, unless `untuned`, while it is open."""
     with ExitStack() as stack:
         store = None if untuned else stack.enter_context(TuningStore(db))
         stack.enter_context(each_warning_once(silent=untuned))
@@ -48,12 +66,14 @@ def run(
         def make_dispatcher(locality: float | None) -> Dispatcher:
             return Dispatcher(store) if locality is None else Dispatcher(store, locality=locality)
 
-        bench = Bench(where, make_clock(where), make_dispatcher, rounds, say=say)
-        dtypes = dict.fromkeys(work.problem.dtype for work in plan)
-        rates = {dtype: measure_rates(bench, dtype) for dtype in dtypes}
-        rows = tuple(row for work in plan for row in measure(work, bench, extras))
+        yield Bench(where, make_clock(where), make_dispatcher, rounds, target_ms, say)
+
+
+def make_report(bench: Bench, command: str, untuned: bool, rates: Mapping[str, Rates], rows: Sequence[Row]) -> Report:
+    """The rows with what they were measured on, by which command, and when."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return Report(current(str(where)).to_dict(), command, now, __version__, rounds, untuned, rates, rows)
+    facts = (current(str(bench.device)).to_dict(), command, now, __version__, bench.rounds, untuned)
+    return Report(*facts, rates, tuple(rows))
 
 
 def check_device(name: str) -> torch.device:

@@ -359,6 +359,15 @@ def test_a_mistake_gets_a_sentence(
     assert err.startswith("error: ") and all(word in err for word in words), err
 
 
+def pretend_a_gpu(patch: pytest.MonkeyPatch, dispatcher: Callable[..., Dispatcher]) -> None:
+    """A machine with one GPU: device, clock and fingerprint."""
+    patch.setattr(bench_run, "check_device", lambda name: torch.device("cpu"))
+    patch.setattr(bench_run, "make_clock", lambda device: FakeClock())
+    patch.setattr(bench_run, "measure_rates", lambda bench, dtype: Rates(1.0, 1.0))
+    patch.setattr(bench_run, "current", lambda device: GPU)
+    patch.setattr(bench_run, "Dispatcher", dispatcher)
+
+
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch, asked: list[Any]) -> list[TuningStore | None]:
     """A machine with one GPU, its clock, kernels and fingerprint pretended; returns the sources of its dispatchers."""
@@ -368,11 +377,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, asked: list[Any]) -> list[TuningSt
         sources.append(source)
         return FakeDispatcher(locality, asked)
 
-    monkeypatch.setattr(bench_run, "check_device", lambda name: torch.device("cpu"))
-    monkeypatch.setattr(bench_run, "make_clock", lambda device: FakeClock())
-    monkeypatch.setattr(bench_run, "measure_rates", lambda bench, dtype: Rates(1.0, 1.0))
-    monkeypatch.setattr(bench_run, "current", lambda device: GPU)
-    monkeypatch.setattr(bench_run, "Dispatcher", dispatcher)
+    pretend_a_gpu(monkeypatch, dispatcher)
     return sources
 
 

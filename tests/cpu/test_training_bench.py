@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from cpu.test_bench_command import GPU, FakeClock, FakeDispatcher
+from cpu.test_bench_command import GPU, FakeDispatcher, pretend_a_gpu
 
+from nsa_autotune.cli import bench_run
 from nsa_autotune.cli.bench_report import Rates, Report, Row
 from nsa_autotune.config import NSAConfig
 from nsa_autotune.dispatch.dispatcher import Dispatcher
@@ -198,11 +199,9 @@ def on_a_gpu(training: ModuleType, calls: ModuleType, monkeypatch: PATCH) -> lis
     def dispatcher(source: object, locality: float | None = None) -> Dispatcher:
         return FakeDispatcher(locality, asked)
 
-    monkeypatch.setattr(training, "check_device", lambda name: torch.device("cpu"))
-    monkeypatch.setattr(training, "make_clock", lambda device: FakeClock())
-    monkeypatch.setattr(training, "measure_rates", lambda bench, dtype: Rates(1.0, 1.0))
-    monkeypatch.setattr(training, "current", lambda device: GPU)
-    monkeypatch.setattr(training, "Dispatcher", dispatcher)
+    pretend_a_gpu(monkeypatch, dispatcher)
+    for name in ("check_device", "measure_rates"):
+        monkeypatch.setattr(training, name, getattr(bench_run, name))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setitem(calls.SDPA_BACKENDS, "cudnn_sdpa", "MATH")
     monkeypatch.setitem(calls.SDPA_BACKENDS, "flash_sdpa", "EFFICIENT_ATTENTION")
