@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from nsa_autotune import reference
+from nsa_autotune import ops, reference
 from nsa_autotune.codegen.shapes import INDEX_FILLS
 from nsa_autotune.config import NSAConfig
 from nsa_autotune.dispatch.dispatcher import Dispatcher
 from nsa_autotune.dispatch.fingerprint import for_target
 from nsa_autotune.layout import PackedLayout, packed_layout
-from nsa_autotune.ops import launches
+from nsa_autotune.ops import launches, serve
 from nsa_autotune.ops.serve import Call
 from nsa_autotune.reference import PhiWeights
 from nsa_autotune.spec import KernelSpec, Problem
@@ -43,6 +44,23 @@ class Equations(Dispatcher):
         for name in outputs:
             old = tensors[name].clone() if tensors.get("accumulate") else 0.0
             tensors[name].copy_(found[name] + old)
+
+
+def take_the_kernels_way(patch: pytest.MonkeyPatch) -> None:
+    """CPU tensors take the way of CUDA tensors, and end in the dispatcher's launch."""
+
+    def launch(dispatcher: Dispatcher, spec: KernelSpec, shape: Any, problem: Any, tensors: Any, device: Any) -> None:
+        dispatcher.launch(spec, (spec.family, *shape), problem, device, tensors)
+
+    patch.setattr(serve, "on_kernels", lambda x: True)
+    patch.setattr(serve, "launch", launch)
+
+
+def gradients(given: dict[str, Tensor], do: Tensor, **how: Any) -> dict[str, Tensor]:
+    """Of every argument of ops.nsa_attention, by name."""
+    leaves = {name: x.detach().requires_grad_() for name, x in given.items()}
+    out = ops.nsa_attention(**leaves, **how)
+    return dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), do), strict=True))
 
 
 def reference_attention(

@@ -22,7 +22,7 @@ FORMS = ("batched", "packed")
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
-def arguments(form: str, grad: bool = True) -> dict[str, tuple[Any, ...]]:
+def arguments(form: str) -> dict[str, tuple[Any, ...]]:
     """Arguments of every operator by name."""
     tensors, cu = make_tensors(form)
     layout = layout_of(tensors, cu)
@@ -36,7 +36,7 @@ def arguments(form: str, grad: bool = True) -> dict[str, tuple[Any, ...]]:
     phi = list(vars(make_phi(D_QK)).values())
 
     def leaves(*given: Tensor) -> tuple[Tensor, ...]:
-        return tuple(t.detach().clone().requires_grad_(grad) for t in given)
+        return tuple(t.detach().clone().requires_grad_() for t in given)
 
     return {
         "compress": (*leaves(k), [], index, text, 0),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from equations import reference_attention
+from equations import reference_attention, take_the_kernels_way
 from torch import Tensor
 
 from nsa_autotune import ops, reference
@@ -346,12 +346,7 @@ class Recorder(Dispatcher):
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     """CPU tensors take the way of CUDA tensors and end here."""
-    monkeypatch.setattr(serve, "on_kernels", lambda x: True)
-
-    def launch(dispatcher: Dispatcher, spec: KernelSpec, shape: Any, problem: Any, tensors: Any, device: Any) -> None:
-        dispatcher.launch(spec, (spec.family, *shape), problem, device, tensors)
-
-    monkeypatch.setattr(serve, "launch", launch)
+    take_the_kernels_way(monkeypatch)
     return Recorder()
 
 

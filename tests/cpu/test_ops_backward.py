@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 from cpu.test_ops import CONFIG, D_QK, D_V, HQ, H, make_phi, make_tensors, offsets
-from equations import Equations, reference_attention
+from equations import Equations, reference_attention, take_the_kernels_way
 from torch import Tensor
 
 from nsa_autotune import ops, reference
-from nsa_autotune.dispatch.dispatcher import Dispatcher
 from nsa_autotune.errors import InvalidInput
 from nsa_autotune.layout import packed_layout
 from nsa_autotune.ops import backward, serve
@@ -25,12 +24,7 @@ PATCH = pytest.MonkeyPatch
 @pytest.fixture
 def equations(monkeypatch: pytest.MonkeyPatch) -> Equations:
     """CPU tensors take the way of CUDA tensors and end here."""
-
-    def launch(dispatcher: Dispatcher, spec: KernelSpec, shape: Any, problem: Any, tensors: Any, device: Any) -> None:
-        dispatcher.launch(spec, (spec.family, *shape), problem, device, tensors)
-
-    monkeypatch.setattr(serve, "on_kernels", lambda x: True)
-    monkeypatch.setattr(serve, "launch", launch)
+    take_the_kernels_way(monkeypatch)
     return Equations()
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from equations import gradients
 from torch import Tensor
 
 from nsa_autotune import ops
@@ -41,18 +42,6 @@ def make_phi(width: int) -> PhiWeights:
     return PhiWeights(*(normal(*shape) / shape[0] ** 0.5 for shape in shapes))
 
 
-def gradients(given: Tensors, do: Tensor, **how: Any) -> Tensors:
-    """Of every tensor by name."""
-    leaves = {name: x.clone().requires_grad_() for name, x in given.items()}
-    out = ops.nsa_attention(**leaves, config=CONFIG, **how)
-    return dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), do), strict=True))
-
-
-def part(cu_seqlens: Tensor, sequence: int) -> slice:
-    """The rows of one sequence."""
-    return slice(int(cu_seqlens[sequence]), int(cu_seqlens[sequence + 1]))
-
-
 @pytest.mark.parametrize("queries", [LENGTHS, QUERIES], ids=["all", "short_q"])
 @pytest.mark.parametrize("learned", [False, True], ids=["mean", "mlp"])
 def test_a_change_in_one_sequence_reaches_no_other(learned: bool, queries: tuple[int, ...]) -> None:
@@ -61,7 +50,7 @@ def test_a_change_in_one_sequence_reaches_no_other(learned: bool, queries: tuple
     how: dict[str, Any] = {"cu_seqlens": cu_q, "cu_seqlens_k": cu_k}
     how |= {"phi_k": make_phi(D_QK), "phi_v": make_phi(D_V)} if learned else {}
     do = normal(sum(queries), HQ, D_V)
-    before = gradients(given, do, **how)
+    before = gradients(given, do, config=CONFIG, **how)
     for sequence in (1, 3, 4):
         changed = {name: x.clone() for name, x in given.items()}
         changed["do"] = do.clone()
@@ -72,7 +61,7 @@ def test_a_change_in_one_sequence_reaches_no_other(learned: bool, queries: tuple
         for name, x in changed.items():
             x[inside[name]] = torch.rand_like(x[inside[name]])
         new_do = changed.pop("do")
-        after = gradients(changed, new_do, **how)
+        after = gradients(changed, new_do, config=CONFIG, **how)
         for name, old in before.items():
             rows = torch.ones(len(old), dtype=torch.bool)
             rows[inside[name]] = False
@@ -85,10 +74,11 @@ def test_a_packed_sequence_has_the_gradients_of_a_batch(learned: bool) -> None:
     given, cu = arguments((sum(LENGTHS),), (sum(LENGTHS),)), offsets(LENGTHS)
     how: dict[str, Any] = {"phi_k": make_phi(D_QK), "phi_v": make_phi(D_V)} if learned else {}
     do = normal(sum(LENGTHS), HQ, D_V)
-    whole = gradients(given, do, cu_seqlens=cu, **how)
+    whole = gradients(given, do, config=CONFIG, cu_seqlens=cu, **how)
     for start, stop in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True):
         if stop > start:
-            alone = gradients({name: x[None, start:stop] for name, x in given.items()}, do[None, start:stop], **how)
+            batch = {name: x[None, start:stop] for name, x in given.items()}
+            alone = gradients(batch, do[None, start:stop], config=CONFIG, **how)
             for name, want in alone.items():
                 torch.testing.assert_close(whole[name][start:stop], want[0], rtol=1e-10, atol=1e-12)
 
@@ -104,7 +94,7 @@ def only_compressed(lead: tuple[int, ...]) -> Tensors:
 
 
 def test_rows_that_see_no_block_have_no_gradient() -> None:
-    found = gradients(only_compressed((2, 30)), normal(2, 30, HQ, D_V))
+    found = gradients(only_compressed((2, 30)), normal(2, 30, HQ, D_V), config=CONFIG)
     assert all(x.isfinite().all() for x in found.values())
     assert not found["q"][:, :BLIND].any() and not found["gates"][:, :BLIND, :, 0].any()
     assert found["q"][:, BLIND + CONFIG.compress_stride :].any(-1).all() and found["v"].any()
@@ -114,7 +104,7 @@ def test_rows_that_see_no_block_have_no_gradient() -> None:
 def test_sequences_too_short_for_a_block_have_no_gradient() -> None:
     lengths = (5, 30, 7, 1)
     cu = offsets(lengths)
-    found = gradients(only_compressed((sum(lengths),)), normal(sum(lengths), HQ, D_V), cu_seqlens=cu)
+    found = gradients(only_compressed((sum(lengths),)), normal(sum(lengths), HQ, D_V), config=CONFIG, cu_seqlens=cu)
     seen = slice(int(cu[1]), int(cu[2]))
     for name in ("q", "k", "v"):
         assert found[name].isfinite().all() and found[name][seen].any()

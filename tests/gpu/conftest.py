@@ -22,6 +22,7 @@ from nsa_autotune.spec import canonical_json
 
 COMPILERS = 16
 COMPILE_TIMEOUT_S = 180.0
+GIB = 1 << 30
 ASK = "import torch; print('cuda:%d%d' % torch.cuda.get_device_capability())"
 
 Outcomes = dict[str, CompileOutcome]
@@ -53,6 +54,14 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcomes]:
 def dispatcher(compiled: Outcomes) -> Dispatcher:
     """Serves default configs; knows no database."""
     return Dispatcher(None)
+
+
+@pytest.fixture
+def much_memory() -> None:
+    """Skips where less than 60 GiB are free."""
+    free, _ = torch.cuda.mem_get_info()
+    if free < 60 * GIB:
+        pytest.skip(f"needs 60 GiB of free device memory, found {free // GIB}")
 
 
 @pytest.fixture(autouse=True)

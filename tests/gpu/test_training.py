@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from equations import gradients
 from gpu.cases import MODULE_PROBLEMS, problem_name
 from gpu.test_module import cast, make_tensors
 from torch import Tensor
@@ -15,16 +16,8 @@ from nsa_autotune.config import NSAConfig
 from nsa_autotune.dispatch.dispatcher import Dispatcher
 
 DEVICE = "cuda"
-GIB = 1 << 30
 HALF_MAX = 65504.0
 Tensors = dict[str, Tensor]
-
-
-def gradients(given: Tensors, do: Tensor, **how: Any) -> Tensors:
-    """Of every argument of nsa_attention, by name."""
-    leaves = {name: x.detach().requires_grad_() for name, x in given.items()}
-    out = ops.nsa_attention(**leaves, **how)
-    return dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), do), strict=True))
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -38,14 +31,6 @@ def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 LONG = 270_336  # tokens of each of two sequences: 32 heads of 128 make 2.2e9 elements
 HEADS, KV_HEADS, DIM = 32, 2, 128
 SAMPLED = 64
-
-
-@pytest.fixture
-def much_memory() -> None:
-    """Skips where little is free."""
-    free, _ = torch.cuda.mem_get_info()
-    if free < 60 * GIB:
-        pytest.skip(f"needs 60 GiB of free device memory, found {free // GIB}")
 
 
 def long_tensors(batch: int) -> Tensors:
