@@ -24,15 +24,17 @@ class Sizes:
     heads: int = 16
     kv_heads: int = 2
     head_dim: int = 64
+    rope_theta: float | None = None  # None: the short convolution alone tells the order
+    compression: str = "mlp"  # of keys and values to a block, in sparse attention
     nsa: NSAConfig = field(default_factory=NSAConfig)
 
 
 class DenseAttention(nn.Module):
-    """Causal grouped-query attention with rotary, by PyTorch's scaled_dot_product_attention."""
+    """Causal grouped-query attention, rotary or not, by PyTorch's scaled_dot_product_attention."""
 
-    def __init__(self, sizes: Sizes, rope_theta: float = 10000.0) -> None:
+    def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        self.head_dim, self.rope_theta = sizes.head_dim, rope_theta
+        self.head_dim, self.rope_theta = sizes.head_dim, sizes.rope_theta
         self.q_proj = nn.Linear(sizes.hidden, sizes.heads * sizes.head_dim, bias=False)
         self.k_proj = nn.Linear(sizes.hidden, sizes.kv_heads * sizes.head_dim, bias=False)
         self.v_proj = nn.Linear(sizes.hidden, sizes.kv_heads * sizes.head_dim, bias=False)
@@ -41,8 +43,10 @@ class DenseAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x `[B, T, hidden]`; returns the shape of x."""
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        cos, sin = rotary_angles(torch.arange(x.shape[1], device=x.device), self.head_dim, self.rope_theta, q.dtype)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.rope_theta is not None:
+            places = torch.arange(x.shape[1], device=x.device)
+            cos, sin = rotary_angles(places, self.head_dim, self.rope_theta, q.dtype)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # [B, H, T, D]
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         out: Tensor = self.out_proj(o.transpose(1, 2).flatten(-2))
@@ -86,7 +90,9 @@ class Layer(nn.Module):
         self.convolution, self.mlp = ShortConvolution(sizes.hidden), SwiGLU(sizes.hidden)
         if attention == "nsa":
             heads = (sizes.heads, sizes.kv_heads, sizes.head_dim)
-            self.attention: nn.Module = NativeSparseAttention(sizes.hidden, *heads, config=sizes.nsa)
+            self.attention: nn.Module = NativeSparseAttention(
+                sizes.hidden, *heads, config=sizes.nsa, compression=sizes.compression, rope_theta=sizes.rope_theta
+            )
         else:
             self.attention = DenseAttention(sizes)
 

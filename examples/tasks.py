@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,10 +16,10 @@ CORPUS = (REPOSITORY / "LICENSE", REPOSITORY / "README.md")  # some 20 thousand 
 
 @dataclass(frozen=True)
 class Task:
-    """`batch(size, generator)` draws tokens `[B, T]` and targets `[B, T]`, where IGNORED asks nothing."""
+    """`batch(size, seq, generator)` draws tokens `[B, T]` and targets `[B, T]`, where IGNORED asks nothing."""
 
     vocabulary: int
-    batch: Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
+    batch: Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,15 @@ class Recall:
 
 
 def recall_task(recall: Recall) -> Task:
-    """Associative recall; every batch is new, so accuracy in training is accuracy on unseen sequences."""
-    return Task(recall.keys + recall.values + recall.noise, recall.batch)
+    """Associative recall; every batch is new, so accuracy in training is accuracy on unseen sequences.
+
+    A shorter sequence has as many pairs to a token, out of the same keys.
+    """
+
+    def batch(size: int, seq: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return replace(recall, seq=seq, pairs=max(1, recall.pairs * seq // recall.seq)).batch(size, generator)
+
+    return Task(recall.keys + recall.values + recall.noise, batch)
 
 
 def text_task(seq: int, file: Path | None = None) -> Task:
@@ -74,7 +81,7 @@ def text_task(seq: int, file: Path | None = None) -> Task:
     letters = {letter: index for index, letter in enumerate(sorted(set(text)))}
     ids = torch.tensor([letters[letter] for letter in text])
 
-    def batch(size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def batch(size: int, seq: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         starts = torch.randint(len(ids) - seq, (size, 1), generator=generator)
         pieces = ids[starts + torch.arange(seq + 1)]  # [B, T + 1]
         return pieces[:, :-1], pieces[:, 1:]

@@ -46,7 +46,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, float32 on a CPU"
     )
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--compression", choices=("mlp", "mean"), default="mlp", help="phi of compressed blocks (nsa)")
+    parser.add_argument("--rope-theta", type=float, help="base of the rotary angles; default: no rotary")
     parser.add_argument("--stop-at", type=float, default=1.0, help="end when a record's mean accuracy reaches it")
+    parser.add_argument("--start-seq", type=int, help="tokens of a sequence at first; doubled up to --seq (recall)")
+    parser.add_argument("--double-at", type=float, default=0.9, help="mean accuracy of a record that doubles them")
     for name, value, meaning in (
         ("seq", 4096, "tokens of a sequence"),
         ("batch", 8, "sequences of a step"),
@@ -54,6 +58,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         ("log-every", 10, "steps between records"),
         ("seed", 0, "of weights and data"),
         ("pairs", 256, "key-value pairs of a sequence (recall)"),
+        ("keys", 512, "different keys there are (recall)"),
         ("window", 512, "sliding window, in tokens"),
         ("num-selected", 16, "selected blocks of 64 tokens, forced ones included"),
         ("hidden", 512, "width of the decoder"),
@@ -66,6 +71,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     on_cpu = torch.device(options.device).type == "cpu"
     options.dtype = options.dtype or ("float32" if on_cpu else "bfloat16")
+    options.start_seq = options.start_seq or (min(256, options.seq) if options.task == "recall" else options.seq)
     options.out = options.out or Path("runs") / f"{options.task}-{options.attention}"
     return options
 
@@ -74,7 +80,7 @@ def make_task(options: argparse.Namespace) -> Task:
     """The task that the options name."""
     if options.task == "text":
         return text_task(options.seq, options.text)
-    return recall_task(Recall(seq=options.seq, pairs=options.pairs, window=options.window))
+    return recall_task(Recall(seq=options.seq, pairs=options.pairs, keys=options.keys, window=options.window))
 
 
 def make_model(options: argparse.Namespace, vocabulary: int) -> Decoder:
@@ -87,6 +93,8 @@ def make_model(options: argparse.Namespace, vocabulary: int) -> Decoder:
         heads=options.heads,
         kv_heads=options.kv_heads,
         head_dim=options.head_dim,
+        rope_theta=options.rope_theta,
+        compression=options.compression,
         nsa=nsa,
     )
     return Decoder(sizes, options.attention).to(options.device)
@@ -94,14 +102,18 @@ def make_model(options: argparse.Namespace, vocabulary: int) -> Decoder:
 
 @dataclass
 class Trainer:
-    """One run: model, data and optimizer."""
+    """One run: model, data and optimizer.
+
+    Sequences begin with --start-seq tokens and double up to --seq, each time the model has learned them: matching
+    keys is found among few of them, and stays found among many. A step has the same number of tokens throughout.
+    """
 
     options: argparse.Namespace
     task: Task
     model: Decoder
 
     def __post_init__(self) -> None:
-        self.device = torch.device(self.options.device)
+        self.device, self.seq = torch.device(self.options.device), self.options.start_seq
         self.data = torch.Generator().manual_seed(self.options.seed + 1)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), self.options.lr, betas=(0.9, 0.95))
         warmup = max(1, self.options.steps // 20)
@@ -119,7 +131,8 @@ class Trainer:
 
     def score(self) -> tuple[Tensor, Tensor]:
         """Loss and accuracy of a fresh batch, on the device."""
-        tokens, targets = (t.to(self.device) for t in self.task.batch(self.options.batch, self.data))
+        size = self.options.batch * self.options.seq // self.seq
+        tokens, targets = (t.to(self.device) for t in self.task.batch(size, self.seq, self.data))
         with self.precision():
             logits = self.model(tokens)
         asked = targets != IGNORED
@@ -152,17 +165,21 @@ class Trainer:
             tokens = len(losses) * self.options.batch * self.options.seq
             yield {
                 "step": step,
+                "seq": self.seq,
                 **means,
                 "tokens_per_s": round(tokens / seconds),
                 "peak_memory_bytes": self.peak_memory(),
             }
-            if means["accuracy"] >= self.options.stop_at:
+            if self.seq < self.options.seq:
+                if means["accuracy"] >= self.options.double_at:
+                    self.seq = min(2 * self.seq, self.options.seq)
+            elif means["accuracy"] >= self.options.stop_at:
                 return
             losses, rights, started = [], [], time.perf_counter()
 
     def evaluate(self, batches: int = 8) -> Record:
         """Means over batches that training never saw."""
-        self.data = torch.Generator().manual_seed(self.options.seed + 1_000_003)
+        self.data, self.seq = torch.Generator().manual_seed(self.options.seed + 1_000_003), self.options.seq
         with torch.no_grad():
             found = [torch.stack(self.score()) for _ in range(batches)]
         loss, accuracy = torch.stack(found).mean(0).tolist()
@@ -192,7 +209,8 @@ def train(options: argparse.Namespace, console: Console) -> list[Record]:
             records.append(record)
             log.write(json.dumps(record) + "\n")
             log.flush()
-            state = f"loss {record['loss']:.3f}  accuracy {record['accuracy']:.3f}  {record['tokens_per_s']:,} tokens/s"
+            state = f"{record['seq']} tokens  loss {record['loss']:.3f}  accuracy {record['accuracy']:.3f}"
+            state += f"  {record['tokens_per_s']:,} tokens/s"
             progress.update(bar, completed=record["step"], description=f"{options.task}, {options.attention}: {state}")
         result = {"seconds": round(time.perf_counter() - started, 1), **records[-1], **trainer.evaluate()}
     (options.out / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

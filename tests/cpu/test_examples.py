@@ -45,7 +45,7 @@ def test_the_loss_falls(train: ModuleType, tmp_path: Path, task: str, attention:
     assert [r["step"] for r in records] == list(range(4, steps + 1, 4))
     assert records[-1]["loss"] < records[0]["loss"] - 0.1
     assert [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] == records
-    assert set(records[0]) == {"step", "loss", "accuracy", "tokens_per_s", "peak_memory_bytes"}
+    assert set(records[0]) == {"step", "seq", "loss", "accuracy", "tokens_per_s", "peak_memory_bytes"}
     result = json.loads((out / "result.json").read_text())
     assert result["step"] == steps and abs(result["evaluation_loss"] - records[-1]["loss"]) < 1
     assert json.loads((out / "options.json").read_text())["attention"] == attention
@@ -55,6 +55,21 @@ def test_the_loss_falls(train: ModuleType, tmp_path: Path, task: str, attention:
 def test_a_run_ends_when_it_is_accurate_enough(train: ModuleType, tmp_path: Path) -> None:
     words = f"--seq 64 --steps 9 --log-every 2 --stop-at 0.0 --out {tmp_path} {TINY}".split()
     assert [r["step"] for r in train.train(train.parse(words), Console(quiet=True))] == [2]
+
+
+def test_sequences_double_until_they_are_whole(train: ModuleType, tmp_path: Path) -> None:
+    words = f"--start-seq 64 --seq 200 --double-at 0 --steps 4 --log-every 1 --out {tmp_path} {TINY}".split()
+    records = train.train(train.parse(words), Console(quiet=True))
+    assert [r["seq"] for r in records] == [64, 128, 200, 200]
+    words[words.index("--double-at") + 1] = "1.1"
+    assert [r["seq"] for r in train.train(train.parse(words), Console(quiet=True))] == [64] * 4
+
+
+def test_a_shorter_sequence_has_as_many_pairs_to_a_token(train: ModuleType) -> None:
+    task = train.recall_task(train.Recall(seq=400, pairs=40, window=40))
+    for seq, pairs in ((400, 40), (200, 20), (50, 5), (16, 1)):
+        tokens, targets = task.batch(3, seq, torch.Generator().manual_seed(0))
+        assert tokens.shape == (3, seq) and (targets != train.IGNORED).sum(-1).tolist() == [pairs] * 3
 
 
 def test_equal_seeds_give_equal_runs(train: ModuleType, tmp_path: Path) -> None:
