@@ -26,6 +26,7 @@ class Sizes:
     head_dim: int = 64
     rope_theta: float | None = None  # None: the short convolution alone tells the order
     compression: str = "mlp"  # of keys and values to a block, in sparse attention
+    share_kv: bool = False  # among the branches of sparse attention
     nsa: NSAConfig = field(default_factory=NSAConfig)
 
 
@@ -91,7 +92,12 @@ class Layer(nn.Module):
         if attention == "nsa":
             heads = (sizes.heads, sizes.kv_heads, sizes.head_dim)
             self.attention: nn.Module = NativeSparseAttention(
-                sizes.hidden, *heads, config=sizes.nsa, compression=sizes.compression, rope_theta=sizes.rope_theta
+                sizes.hidden,
+                *heads,
+                config=sizes.nsa,
+                compression=sizes.compression,
+                rope_theta=sizes.rope_theta,
+                share_kv=sizes.share_kv,
             )
         else:
             self.attention = DenseAttention(sizes)

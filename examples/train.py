@@ -47,6 +47,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--compression", choices=("mlp", "mean"), default="mlp", help="phi of compressed blocks (nsa)")
+    parser.add_argument("--share-kv", action="store_true", help="the branches of nsa share their keys and values")
     parser.add_argument("--rope-theta", type=float, help="base of the rotary angles; default: no rotary")
     parser.add_argument("--stop-at", type=float, default=1.0, help="end when a record's mean accuracy reaches it")
     parser.add_argument("--start-seq", type=int, help="tokens of a sequence at first; doubled up to --seq (recall)")
@@ -95,6 +96,7 @@ def make_model(options: argparse.Namespace, vocabulary: int) -> Decoder:
         head_dim=options.head_dim,
         rope_theta=options.rope_theta,
         compression=options.compression,
+        share_kv=options.share_kv,
         nsa=nsa,
     )
     return Decoder(sizes, options.attention).to(options.device)

@@ -115,6 +115,11 @@ def _scores_fit(problem: Problem, config: Config) -> bool:
     return scores / (32 * int(config["num_warps"])) <= c.MAX_THREAD_REGISTERS
 
 
+def _candidates_fit(problem: Problem, config: Config) -> bool:
+    """Beyond that, ptxas spends minutes on spills."""
+    return int(config["BLOCK_T"]) * int(config["BLOCK_J"]) / (32 * int(config["num_warps"])) <= c.MAX_THREAD_REGISTERS
+
+
 def _keys_fit(problem: Problem, config: Config) -> bool:
     """Values are not read, and d_v is not in the key."""
     tile = int(config["BLOCK_N"]) * problem.d_qk * ELEMENT_BYTES[problem.dtype]
@@ -155,6 +160,7 @@ SPEC = KernelSpec(
         ),
         Constraint("BLOCK_J must hold num_selected (n) candidates", _columns_fit),
         Constraint("one tile of scores must fit in 240 registers a thread", _scores_fit),
+        Constraint("one step of the top-n must fit in 240 registers a thread", _candidates_fit),
         Constraint("pipelined key tiles must fit in 227 KiB of shared memory", _keys_fit),
         c.TMA_16_BIT,
     ),
