@@ -26,21 +26,26 @@ class Task:
 class Recall:
     """Key-value pairs in the first half of the sequence, noise between them; then keys again, whose value is asked.
 
-    Between a pair and its question lie at least `window` tokens (a quarter of the sequence, if that is less), so that
-    a sliding window alone can't answer.
+    A pair is told `repeats` times in a row, as a fact in a text takes more than two words. Between a pair and its
+    question lie at least `window` tokens (a quarter of the sequence, if that is less), so that a sliding window alone
+    can't answer.
     """
 
     seq: int
-    pairs: int = 256
+    pairs: int = 64
     keys: int = 512
     values: int = 64
     noise: int = 16
     window: int = 512
+    repeats: int = 8
 
     def __post_init__(self) -> None:
-        if not 1 <= self.pairs <= min(self.keys, self.seq // 8):
-            most = min(self.keys, self.seq // 8)
-            raise ValueError(f"--pairs must be from 1 to {most} for {self.keys} keys and --seq {self.seq}")
+        if self.repeats < 1:
+            raise ValueError(f"--repeats must be at least 1, not {self.repeats}")
+        most = min(self.keys, self.seq // 8, self.seq // (4 * self.repeats))
+        if not 1 <= self.pairs <= most:
+            words = f"{self.keys} keys, --seq {self.seq} and --repeats {self.repeats}"
+            raise ValueError(f"--pairs must be from 1 to {most} for {words}")
 
     @property
     def first_question(self) -> int:
@@ -54,9 +59,10 @@ class Recall:
         targets = torch.full_like(tokens, IGNORED)
         keys = _draw(size, self.keys, self.pairs, generator)
         values = torch.randint(self.keys, first_noise, (size, self.pairs), generator=generator)
-        told = 2 * _draw(size, self.seq // 4, self.pairs, generator)  # a pair takes two places
+        span = 2 * self.repeats  # places that a pair takes
+        told = span * _draw(size, self.seq // 2 // span, self.pairs, generator)
         asked = self.first_question + 2 * _draw(size, (self.seq - self.first_question) // 2, self.pairs, generator)
-        for place in (told, asked):
+        for place in (*(told + 2 * repeat for repeat in range(self.repeats)), asked):
             tokens.scatter_(1, place, keys).scatter_(1, place + 1, values)
         return tokens, targets.scatter_(1, asked, values)
 

@@ -58,12 +58,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         ("steps", 2000, "steps of the optimizer"),
         ("log-every", 10, "steps between records"),
         ("seed", 0, "of weights and data"),
-        ("pairs", 256, "key-value pairs of a sequence (recall)"),
+        ("pairs", 64, "key-value pairs of a sequence (recall)"),
+        ("repeats", 8, "times that a pair is told, in a row (recall)"),
         ("keys", 512, "different keys there are (recall)"),
         ("window", 512, "sliding window, in tokens"),
         ("num-selected", 16, "selected blocks of 64 tokens, forced ones included"),
         ("hidden", 512, "width of the decoder"),
-        ("layers", 4, "layers"),
+        ("layers", 2, "layers"),
         ("heads", 16, "query heads"),
         ("kv-heads", 2, "key and value heads"),
         ("head-dim", 64, "width of a head"),
@@ -81,7 +82,8 @@ def make_task(options: argparse.Namespace) -> Task:
     """The task that the options name."""
     if options.task == "text":
         return text_task(options.seq, options.text)
-    return recall_task(Recall(seq=options.seq, pairs=options.pairs, keys=options.keys, window=options.window))
+    names = ("seq", "pairs", "keys", "window", "repeats")
+    return recall_task(Recall(**{name: getattr(options, name) for name in names}))
 
 
 def make_model(options: argparse.Namespace, vocabulary: int) -> Decoder:

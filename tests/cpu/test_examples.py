@@ -14,9 +14,7 @@ from rich.console import Console
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NAMES = ("curves", "decoder", "tasks", "train")
-TINY = (
-    "--device cpu --batch 4 --hidden 32 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --pairs 4 --window 16 --lr 1e-2"
-)
+TINY = "--device cpu --batch 4 --hidden 32 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --pairs 4 --repeats 1 --window 16 --lr 1e-2"
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +64,7 @@ def test_sequences_double_until_they_are_whole(train: ModuleType, tmp_path: Path
 
 
 def test_a_shorter_sequence_has_as_many_pairs_to_a_token(train: ModuleType) -> None:
-    task = train.recall_task(train.Recall(seq=400, pairs=40, window=40))
+    task = train.recall_task(train.Recall(seq=400, pairs=40, window=40, repeats=2))
     for seq, pairs in ((400, 40), (200, 20), (50, 5), (16, 1)):
         tokens, targets = task.batch(3, seq, torch.Generator().manual_seed(0))
         assert tokens.shape == (3, seq) and (targets != train.IGNORED).sum(-1).tolist() == [pairs] * 3
@@ -79,14 +77,15 @@ def test_equal_seeds_give_equal_runs(train: ModuleType, tmp_path: Path) -> None:
 
 
 def test_recall_asks_for_values_told_before_the_window(train: ModuleType) -> None:
-    recall = train.Recall(seq=200, pairs=9, window=40)
+    recall = train.Recall(seq=200, pairs=9, window=40, repeats=3)
     tokens, targets = recall.batch(5, torch.Generator().manual_seed(0))
     for row, target in zip(tokens.tolist(), targets.tolist(), strict=True):
         asked = [i for i, value in enumerate(target) if value != train.IGNORED]
         assert len(asked) == 9 and asked[0] >= 140
         for place in asked:
             told = row.index(row[place])  # the key's first place
-            assert place - told > 40 and row[told + 1] == row[place + 1] == target[place]
+            assert row[told : told + 6] == 3 * row[place : place + 2] and row[place + 1] == target[place]
+            assert row.count(row[place]) == 4 and place - told - 4 > 40
 
 
 def test_what_cannot_work_is_told_in_a_sentence(train: ModuleType, tmp_path: Path) -> None:
@@ -94,4 +93,8 @@ def test_what_cannot_work_is_told_in_a_sentence(train: ModuleType, tmp_path: Pat
     with pytest.raises(ValueError, match="use a shorter --seq"):
         train.make_task(train.parse(["--task", "text", "--text", str(tmp_path / "short.txt")]))
     with pytest.raises(ValueError, match="--pairs must be from 1 to 8"):
-        train.make_task(train.parse(["--seq", "64", "--pairs", "9"]))
+        train.make_task(train.parse(["--seq", "64", "--pairs", "9", "--repeats", "1"]))
+    with pytest.raises(ValueError, match="1 to 2 for 512 keys, --seq 64 and --repeats 8"):
+        train.make_task(train.parse(["--seq", "64", "--pairs", "3", "--repeats", "8"]))
+    with pytest.raises(ValueError, match="--repeats must be at least 1, not 0"):
+        train.make_task(train.parse(["--repeats", "0"]))
