@@ -14,7 +14,10 @@ from rich.console import Console
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NAMES = ("curves", "decoder", "tasks", "train")
-TINY = "--device cpu --batch 4 --hidden 32 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --pairs 4 --repeats 1 --window 16 --lr 1e-2"
+TINY = (
+    "--device cpu --batch 4 --hidden 32 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --pairs 4".split()
+    + "--repeats 1 --window 16 --lr 1e-2".split()
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,7 @@ def train() -> Iterator[ModuleType]:
 )
 def test_the_loss_falls(train: ModuleType, tmp_path: Path, task: str, attention: str, steps: int) -> None:
     out = tmp_path / "run"
-    words = f"--task {task} --attention {attention} --seq 96 --steps {steps} --log-every 4 {TINY}".split()
+    words = f"--task {task} --attention {attention} --seq 96 --steps {steps} --log-every 4".split() + TINY
     console = Console(record=True, width=400)
     records = train.train(train.parse([*words, "--out", str(out)]), console)
     assert [r["step"] for r in records] == list(range(4, steps + 1, 4))
@@ -51,12 +54,12 @@ def test_the_loss_falls(train: ModuleType, tmp_path: Path, task: str, attention:
 
 
 def test_a_run_ends_when_it_is_accurate_enough(train: ModuleType, tmp_path: Path) -> None:
-    words = f"--seq 64 --steps 9 --log-every 2 --stop-at 0.0 --out {tmp_path} {TINY}".split()
+    words = f"--seq 64 --steps 9 --log-every 2 --stop-at 0.0 --out {tmp_path}".split() + TINY
     assert [r["step"] for r in train.train(train.parse(words), Console(quiet=True))] == [2]
 
 
 def test_sequences_double_until_they_are_whole(train: ModuleType, tmp_path: Path) -> None:
-    words = f"--start-seq 64 --seq 200 --double-at 0 --steps 4 --log-every 1 --out {tmp_path} {TINY}".split()
+    words = f"--start-seq 64 --seq 200 --double-at 0 --steps 4 --log-every 1 --out {tmp_path}".split() + TINY
     records = train.train(train.parse(words), Console(quiet=True))
     assert [r["seq"] for r in records] == [64, 128, 200, 200]
     words[words.index("--double-at") + 1] = "1.1"
@@ -71,7 +74,7 @@ def test_a_shorter_sequence_has_as_many_pairs_to_a_token(train: ModuleType) -> N
 
 
 def test_equal_seeds_give_equal_runs(train: ModuleType, tmp_path: Path) -> None:
-    words = f"--seq 64 --steps 2 --log-every 1 --out {tmp_path} {TINY}".split()
+    words = f"--seq 64 --steps 2 --log-every 1 --out {tmp_path}".split() + TINY
     runs = [train.train(train.parse(words), Console(quiet=True)) for _ in range(2)]
     assert [r["loss"] for r in runs[0]] == [r["loss"] for r in runs[1]]
 

@@ -53,9 +53,10 @@ def winners(gpu: str) -> Iterator[Work]:
 
 
 def main(arguments: list[str]) -> int:
-    """Launch and wait; a fault shows in the watching tool's report. `i/n` launches every n-th."""
+    """Launch and wait; a fault shows in the watching tool's report. `i/n`: every n-th; then families: only theirs."""
     part, parts = map(int, (arguments or ["0/1"])[0].split("/"))
-    work = [*structures(), *winners(torch.cuda.get_device_name(0))]
+    families = arguments[1:] or list(all_specs())
+    work = [w for w in (*structures(), *winners(torch.cuda.get_device_name(0))) if w[0].family in families]
     launched = 0
     for spec, problem, config in work[part::parts]:
         try:
@@ -65,7 +66,7 @@ def main(arguments: list[str]) -> int:
             continue
         torch.cuda.synchronize()
         launched += 1
-    print(f"launched {launched} variants of {len(all_specs())} families")
+    print(f"launched {launched} variants of {len(families)} families")
     return 0
 
 
