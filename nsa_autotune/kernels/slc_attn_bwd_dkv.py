@@ -40,7 +40,7 @@ def defaults(problem: Problem) -> Config:
         "CHUNK": 2048,
         "split_mask": True,
         "num_warps": 8 if crowded else 4,
-        "num_stages": 2 if crowded else 3,
+        "num_stages": 2,
         "maxnreg": 0,
     }
 
