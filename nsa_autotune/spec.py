@@ -14,6 +14,7 @@ from .errors import InvalidConfig, InvalidProblem
 SCHEMA_VERSION = 1
 DTYPES = ("bfloat16", "float16", "float32")
 LAYOUTS = ("batched", "packed")
+DEFAULT_POLICY = "eager-cold"  # how times are taken where nobody says; `bench.policy` has them all
 DEFAULT_LOCALITY = 0.8  # assumed where nobody says: trained models select alike for adjacent tokens
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
