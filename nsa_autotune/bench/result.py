@@ -25,7 +25,8 @@ class TrialResult:
     p80_us: float | None = None
     max_error: float | None = None
     baseline_error: float | None = None
-    resources: dict[str, int] | None = None
+    resources: dict[str, int | str] | None = None
+    environment: dict[str, Any] | None = None  # clocks, heat and blocks of the race it was timed in
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:

@@ -112,6 +112,7 @@ def _measured(result: TrialResult) -> dict[str, Any]:
         "resources": result.resources,
         "max_error": result.max_error,
         "baseline_error": result.baseline_error,
+        "environment": result.environment,
     }
 
 
