@@ -9,7 +9,9 @@ from typing import Any, Literal, get_args
 
 from ..errors import InvalidInput
 
-Status = Literal["ok", "constraint", "render", "compile", "resource", "accuracy", "runtime", "timeout", "crash"]
+Status = Literal[  # same_code: not measured, since another config with the same machine code was
+    "ok", "same_code", "constraint", "render", "compile", "resource", "accuracy", "runtime", "timeout", "crash"
+]
 STATUSES: tuple[str, ...] = get_args(Status)
 
 

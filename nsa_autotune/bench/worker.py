@@ -109,6 +109,10 @@ class MeasureWorker:
                 return decided[0]
         return self._last_words[name]
 
+    def renew(self) -> None:
+        """Measure in a new process from now on."""
+        self.close()
+
     def close(self) -> None:
         """End the child."""
         child, self._child = self._child, None

@@ -209,4 +209,4 @@ def choose_config(spec: KernelSpec, problem: Problem, changes: Mapping[str, str]
 
 def _value(param: Param, text: str) -> Value:
     """The param's value that is written so; the text itself if there is none, which the check then refuses."""
-    return next((value for value in param.values if str(value).lower() == text.lower()), text)
+    return next((value for value in param.widest if str(value).lower() == text.lower()), text)

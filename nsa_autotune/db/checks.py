@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ..errors import StoreError
 
-STATUSES = ("ok", "constraint", "render", "compile", "resource", "accuracy", "runtime", "timeout", "crash")
+STATUSES = ("ok", "same_code", "constraint", "render", "compile", "resource", "accuracy", "runtime", "timeout", "crash")
 KINDS = ("measured", "predicted")
 STAGES = ("search", "final", "confirm", "baseline")
 RACED = "raced"  # one race in one process, without intervals: what versions before 0.2 stored

@@ -26,6 +26,7 @@ class FakeWorker:
 
     fail_all = False
     interrupt_after: int | None = None
+    policy = "eager-cold"
 
     def __init__(self, device: str) -> None:
         self.num_measured = 0
@@ -45,7 +46,9 @@ class FakeWorker:
         time_us = 10.0 + abs(int(config["BLOCK"]) - 512) / 512 + abs(int(config["num_warps"]) - 2)
         return TrialResult("ok", "", (time_us,), time_us, time_us, time_us)
 
-    def race(self, family: str, problem: Problem, configs: Sequence[Config], rounds: int = 1) -> list[TrialResult]:
+    def race(
+        self, family: str, problem: Problem, configs: Sequence[Config], rounds: int = 1, *, sentinel: int | None = None
+    ) -> list[TrialResult]:
         return [self.measure(family, problem, config) for config in configs]
 
     def measure_library(self, provider: str, problem: Problem) -> TrialResult:
