@@ -45,6 +45,9 @@ NsaOption = Annotated[
 DbOption = Annotated[
     str | None, typer.Option("--db", help="Database: a URL, such as sqlite:///tuned.sqlite or postgresql+psycopg://...")
 ]
+PolicyOption = Annotated[
+    str, typer.Option("--policy", help="How times are taken: eager-cold, eager-warm, graph-cold or graph-warm.")
+]
 
 
 def split(values: Iterable[str] | None, option: str = "") -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -64,7 +65,7 @@ class Unprepared:
 
 
 class CompileAhead:
-    """Compiles for the GPU that measures, in child processes of which none touches it; close it when done."""
+    """Compiles for the GPU that measures, in child processes of which none touches it; a context that ends them."""
 
     def __init__(self, target: str, processes: int) -> None:
         self.ahead = AHEAD * max(1, processes)
@@ -91,8 +92,10 @@ class CompileAhead:
         self._pool.cancel()
         self._under_way.clear()
 
-    def close(self) -> None:
-        """End the processes."""
+    def __enter__(self) -> CompileAhead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._pool.close()
 
 
@@ -111,7 +114,8 @@ def prepared(outcome: CompileOutcome) -> Prepared:
     return Prepared(config)
 
 
-def compile_ahead(capability: str, processes: int) -> CompileAhead | None:
-    """For a GPU of this capability ("9.0"), or None where one core or an unknown target makes it pointless."""
+def compile_ahead(capability: str, processes: int) -> AbstractContextManager[Preparer]:
+    """For a GPU of this capability ("9.0"); compiles nothing where one core or an unknown target makes it pointless."""
     target = f"cuda:{capability.replace('.', '')}"
-    return CompileAhead(target, processes) if processes > 1 and target in SHARED_LIMITS_BYTES else None
+    useful = processes > 1 and target in SHARED_LIMITS_BYTES
+    return CompileAhead(target, processes) if useful else nullcontext(Unprepared())
