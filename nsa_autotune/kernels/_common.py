@@ -134,7 +134,7 @@ TMA_16_BIT = Constraint(
 
 TILE_PARAMS = (
     Param("BLOCK_T", (1, 2, 4, 8, 16, 32, 64, 128), "query tokens a tile"),
-    Param("BLOCK_N", (16, 32, 64, 128), "keys a tile"),
+    Param("BLOCK_N", (16, 32, 64, 128), "keys a tile", reserve=(256,)),
 )
 TILE_CONSTRAINTS = (ROWS_16_TO_128, NO_IDLE_TOKENS, ACCUMULATORS_FIT, TILES_FIT, TMA_16_BIT)
 
