@@ -93,8 +93,9 @@ def test_a_long_problem_is_gated_small_and_checked_by_rows(session: MeasureSessi
     right, wrong = session.race("fake_pool", long, configs, 1, lambda index, stage: stages.append(f"{index} {stage}"))
     assert right is not None and right.ok
     assert wrong is not None and wrong.status == "accuracy"
-    first = ["problem", "render", "load", "inputs", "compile", "accuracy", "inputs", "accuracy"]
-    assert stages[:8] == [f"0 {stage}" for stage in first]
+    first = ["problem", "render", "load", "inputs", "compile", "launch", "accuracy", "launch", "accuracy"]
+    first += ["inputs", "compile", "launch", "accuracy"]
+    assert stages[:13] == [f"0 {stage}" for stage in first]
     assert stages[-1] == "0 timing"
 
 
