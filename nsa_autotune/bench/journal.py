@@ -162,16 +162,16 @@ class Journal:
 
 
 class StageLines:
-    """The measuring process's side: one line for each variant and stage of a request, on disk before it begins."""
+    """The measuring process's side: a line for each stage of each variant, on disk before it begins; none a sample."""
 
     def __init__(self, path: str) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
-        self._seen: set[tuple[int, str]] = set()
+        self._timed: set[int] = set()
         self._racing: list[int] = []
 
     def begin(self) -> None:
         """A new request."""
-        self._seen, self._racing = set(), []
+        self._timed, self._racing = set(), []
 
     def tell(self, index: int, stage: str) -> None:
         """Write that a variant enters a stage; raises OSError if that fails."""
@@ -180,11 +180,11 @@ class StageLines:
             return
         if stage == "timing" and self._racing:
             append(self._file, {"clock": self._racing, "when": now()})
-            self._seen = {(at, entered) for at, entered in self._seen if entered != "timing"}
-            self._racing = []
-        if stage in WRITTEN_STAGES and (index, stage) not in self._seen:
-            self._seen.add((index, stage))
+            self._timed, self._racing = set(), []
+        if stage in WRITTEN_STAGES and index not in self._timed:
             append(self._file, {"at": index, "stage": stage, "when": now()})
+        if stage == "timing":  # told before every sample
+            self._timed.add(index)
 
 
 def append(file: int, line: Mapping[str, Any]) -> None:
@@ -219,7 +219,7 @@ def suspects(lines: Iterable[Mapping[str, Any]], journal: str) -> Iterator[Suspe
     about: list[Mapping[str, Any]] = []
     for line in [*lines, {"ask": None}]:
         if "ask" in line or "answered" in line:
-            if asked is not None and about:  # without a stage no kernel had run
+            if asked is not None and about and "ask" in line:  # without a stage no kernel had run
                 try:
                     yield from list(_suspects_of(asked, about, journal))
                 except (KeyError, IndexError, TypeError, ValueError):  # not as we write them
