@@ -15,7 +15,7 @@ import re
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -36,7 +36,10 @@ LOCK_WAIT_S = 1.0  # for a tuner that is just ending
 
 @dataclass(frozen=True)
 class Suspect:
-    """A variant (or a library, `provider`) that was under way when host or tuner died; `when` in UTC."""
+    """A variant (or a library, `provider`) that was under way when host or tuner died; `when` in UTC.
+
+    `context` is what the tuner that died said of itself.
+    """
 
     family: str
     problem: Mapping[str, Any]
@@ -46,6 +49,7 @@ class Suspect:
     journal: str
     others: int = 0  # variants that were on the clock with it
     provider: str = ""
+    context: Mapping[str, Any] = field(default_factory=dict)
 
     def result(self) -> TrialResult:
         """The crash as a result of a trial."""
@@ -72,13 +76,14 @@ def journal_name(device: str, environ: Mapping[str, str], host: str) -> str:
 class Journal:
     """The tuner's side: locks the file, tells what an earlier run left unfinished, writes what is asked and answered.
 
-    A second tuner on the device gets WorkerError: their times would disturb each other. A journal that cannot be
+    `context` is written at the top, for whoever reads what is unfinished. A second tuner on the device gets WorkerError: their times would disturb each other. A journal that cannot be
     written while measuring is told once, and the measurement goes on.
     """
 
-    def __init__(self, device: str, folder: Path | None = None) -> None:
+    def __init__(self, device: str, folder: Path | None = None, context: Mapping[str, Any] | None = None) -> None:
         folder = folder or state_dir()
         self.path = folder / journal_name(device, os.environ, socket.gethostname())
+        self._head = {"open": os.getpid(), "context": dict(context or {})}
         self._is_writable, self._asked = True, False
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +98,7 @@ class Journal:
             os.close(self._file)
             raise
         self._suspects = list(suspects(read_lines(self.path), str(self.path)))
-        self._write({"open": os.getpid(), "when": now()})
+        self._write({**self._head, "when": now()})
 
     def __enter__(self) -> Journal:
         return self
@@ -111,7 +116,7 @@ class Journal:
         """Forget what is unfinished: it is stored elsewhere by now."""
         self._suspects = []
         os.ftruncate(self._file, 0)
-        self._write({"open": os.getpid(), "when": now()})
+        self._write({**self._head, "when": now()})
 
     def ask(self, family: str, problem: Mapping[str, Any], configs: Sequence[Config], provider: str = "") -> None:
         """Write what the measuring process is about to be asked for."""
@@ -217,19 +222,23 @@ def suspects(lines: Iterable[Mapping[str, Any]], journal: str) -> Iterator[Suspe
     """Variants of every request that has no answer, by the last lines written about it."""
     asked: Mapping[str, Any] | None = None
     about: list[Mapping[str, Any]] = []
+    context: Mapping[str, Any] = {}
     for line in [*lines, {"ask": None}]:
-        if "ask" in line or "answered" in line:
-            if asked is not None and about and "ask" in line:  # without a stage no kernel had run
+        if not line.keys().isdisjoint(("ask", "answered", "open")):
+            if asked is not None and about and "answered" not in line:  # without a stage no kernel had run
                 try:
-                    yield from list(_suspects_of(asked, about, journal))
+                    yield from list(_suspects_of(asked, about, journal, context))
                 except (KeyError, IndexError, TypeError, ValueError):  # not as we write them
                     logger.warning("%s has lines that this version does not understand: %r", journal, asked)
             asked, about = line.get("ask"), []
+            context = line.get("context", context)
         elif "at" in line or "clock" in line:
             about.append(line)
 
 
-def _suspects_of(asked: Mapping[str, Any], about: list[Mapping[str, Any]], journal: str) -> Iterator[Suspect]:
+def _suspects_of(
+    asked: Mapping[str, Any], about: list[Mapping[str, Any]], journal: str, context: Mapping[str, Any]
+) -> Iterator[Suspect]:
     """The variant that was entered last; if all on the clock were, each of them, since samples are not written."""
     entered = [line for line in about if "at" in line]
     if not entered:
@@ -251,4 +260,5 @@ def _suspects_of(asked: Mapping[str, Any], about: list[Mapping[str, Any]], journ
             journal=journal,
             others=len(accused) - 1,
             provider=asked["provider"],
+            context=context,
         )

@@ -165,7 +165,7 @@ class MeasureWorker:
         """Remember the fastest median: what takes 50 times as long counts as hung."""
         times = [result.median_us for result in found.values() if result.ok and result.median_us is not None]
         if times:
-            self._fastest_us[work] = min(times + [self._fastest_us.get(work, times[0])])
+            self._fastest_us[work] = min(*times, self._fastest_us.get(work, times[0]))
 
     def _write(self, request: Mapping[str, Any]) -> None:
         if self._journal is not None:

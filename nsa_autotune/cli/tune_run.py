@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..errors import StoreError
+from ..errors import StoreError, WorkerError
 from ..spec import KernelSpec, Problem
 from .console import errors, gain_text, make_table, output, problem_text
 
 if TYPE_CHECKING:
+    from ..bench.journal import Journal
     from ..bench.result import TrialResult
+    from ..bench.worker import MeasureWorker
     from ..db.store import TuningStore
     from ..search.budget import Budget
     from ..search.ranking import Prediction
@@ -54,6 +56,7 @@ def execute(run: Run) -> int:
     from .progress import TuneDisplay
 
     interrupted, right = False, True
+    lost: WorkerError | None = None
     guesses: list[Guess] = []
     with TuningStore(run.db) as store:
         if store.read_only:
@@ -69,24 +72,34 @@ def execute(run: Run) -> int:
                     predict(run, store, display, run.target, guesses)
         except KeyboardInterrupt:
             interrupted = True
+        except WorkerError as error:  # the device is lost: what was found until then is shown first
+            lost = error
         worked = print_winners(display) if run.target is None else print_predictions(run.target, guesses)
         if interrupted:
             done = "measured" if run.target is None else "found"
             text = f"stopped; everything {done} is kept in {store.location}; the same command resumes"
             errors().print(text, style="yellow", markup=False, soft_wrap=True)
             return EXIT_INTERRUPTED
+    if lost is not None:
+        raise lost
     return 0 if worked and right else EXIT_NO_WINNER
 
 
 def measure(run: Run, store: TuningStore, display: TuneDisplay) -> None:
-    """Tune every problem on the device."""
+    """Tune every problem on the device; what killed an earlier run is stored first and tried once more last."""
+    from ..bench.journal import Journal
     from ..bench.worker import MeasureWorker
     from ..dispatch.fingerprint import current
     from ..search.ahead import compile_ahead
+    from ..search.quarantine import context_of_run
     from ..search.tuner import tune_problem
 
     here = current(run.device)
-    with MeasureWorker(run.device) as worker:
+    with (
+        Journal(run.device, context=context_of_run(here.to_dict())) as journal,
+        MeasureWorker(run.device, journal=journal) as worker,
+    ):
+        settle(journal, store, display)
 
         def library(spec: KernelSpec, problem: Problem) -> TrialResult:
             return worker.measure_library(spec.library, problem)
@@ -104,6 +117,31 @@ def measure(run: Run, store: TuningStore, display: TuneDisplay) -> None:
                 library=library,
                 preparer=compile_ahead(here.capability, run.jobs),
             )
+        retry_suspects(run, store, display, worker, here.to_dict())
+
+
+def settle(journal: Journal, store: TuningStore, display: TuneDisplay) -> None:
+    """Store what an earlier run was at when it died."""
+    from ..search.quarantine import store_suspects
+
+    suspects = journal.unfinished()
+    store_suspects(store, suspects)
+    for suspect in suspects:
+        display.note(f"{suspect.family}: an earlier run died: {suspect.result().reason}  {dict(suspect.config)}")
+    journal.settle()
+
+
+def retry_suspects(
+    run: Run, store: TuningStore, display: TuneDisplay, worker: MeasureWorker, fingerprint: dict[str, str]
+) -> None:
+    """Measure once more, when all else is done, what a journal suspects."""
+    from ..codegen.render import template_digest
+    from ..search.quarantine import retry_suspected
+    from ..search.task import Task
+
+    for spec, problem in run.work:
+        for trial in retry_suspected(store, Task(spec, problem, fingerprint, template_digest(spec)), worker):
+            display.note(f"{spec.family}: tried once more: {trial.status} {trial.reason}  {trial.config}")
 
 
 def check_in_interpreter(run: Run, display: TuneDisplay) -> bool:

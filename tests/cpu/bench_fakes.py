@@ -186,10 +186,11 @@ SIGNALS = {"kill": signal.SIGKILL, "segv": signal.SIGSEGV, "abort": signal.SIGAB
 def _misbehave(fault: str, calls: int) -> None:
     if fault in STICKY:
         raise RuntimeError(f"CUDA error: {STICKY[fault]}")
-    if fault in SIGNALS or fault == "late_kill" and calls > 2 or fault == "kill_once" and _first_time():
-        print("last words", flush=True)  # the gate calls twice, the clock afterwards
+    late = fault == "late_kill" and calls > 2  # the gate calls twice, the clock afterwards
+    if fault in SIGNALS or late or (fault == "kill_once" and _first_time()):
+        print("last words", flush=True)
         os.kill(os.getpid(), SIGNALS.get(fault, signal.SIGKILL))
-    if fault == "hang" or fault == "late_hang" and calls == 2:
+    if fault == "hang" or (fault == "late_hang" and calls == 2):
         time.sleep(600)
     _die_or_babble(fault)
 

@@ -27,7 +27,7 @@ class FakeWorker:
     fail_all = False
     interrupt_after: int | None = None
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, **options: object) -> None:
         self.num_measured = 0
 
     def __enter__(self) -> FakeWorker:

@@ -249,7 +249,7 @@ def test_a_tuner_killed_in_a_launch_leaves_no_process_and_names_the_killer(tmp_p
         f"worker = MeasureWorker('cpu', 60.0, standby=True, journal=journal, toolchain={TOOLCHAIN!r})\n"
         "worker.measure('fake_pool', SMALL, {'fault': 'right'})\n"
         "def die():\n"
-        "    while b'late_hang' not in (text := journal.path.read_bytes()) or b'launch' not in text.split(b'late')[1]:\n"
+        "    while b'launch' not in journal.path.read_bytes().partition(b'late_hang')[2]:\n"
         "        time.sleep(0.01)\n"
         "    print(worker.child_pid, worker.standby_pid, flush=True)\n"
         "    os.kill(os.getpid(), 9)\n"
@@ -273,9 +273,7 @@ def test_a_tuner_killed_in_a_launch_leaves_no_process_and_names_the_killer(tmp_p
 def test_a_healthy_cpu_passes_its_check_and_a_wrong_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     check_device("cpu")
     monkeypatch.setattr("torch.Tensor.sum", lambda self: self[0])
-    with pytest.raises(
-        WorkerError, match=r"must compute what is known; got device='cpu', sum=1, known_sum=549756338176"
-    ):
+    with pytest.raises(WorkerError, match=r"compute what is known; .* sum=1, known_sum=549756338176"):
         check_device("cpu")
 
 

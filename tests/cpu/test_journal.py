@@ -30,7 +30,7 @@ CONFIGS: list[Config] = [{"BLOCK": 64}, {"BLOCK": 128}, {"BLOCK": 256}]
 
 def die_at(folder: Path, *told: tuple[int, str], configs: list[Config] = CONFIGS, provider: str = "") -> Path:
     """The journal of a tuner that asked for three variants and died after these stages were told."""
-    journal = Journal("cuda:0", folder)
+    journal = Journal("cuda:0", folder, {"driver": "1"})
     journal.ask(provider or "fake", PROBLEM, configs, provider)
     lines = StageLines(str(journal.path))
     lines.begin()
@@ -94,6 +94,7 @@ def test_a_suspect_becomes_a_crash_that_names_the_journal(tmp_path: Path) -> Non
     assert isinstance(result, TrialResult) and result.status == "crash"
     assert str(path) in result.reason and "'timing'" in result.reason and suspect.when in result.reason
     assert "2 others on the clock" in result.reason
+    assert suspect.context == {"driver": "1"}, "of the run that died"
     assert is_suspicion(result.reason) and not is_suspicion("In stage 'launch': signal SIGKILL.")
 
 
