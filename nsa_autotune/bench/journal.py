@@ -76,8 +76,9 @@ def journal_name(device: str, environ: Mapping[str, str], host: str) -> str:
 class Journal:
     """The tuner's side: locks the file, tells what an earlier run left unfinished, writes what is asked and answered.
 
-    `context` is written at the top, for whoever reads what is unfinished. A second tuner on the device gets WorkerError: their times would disturb each other. A journal that cannot be
-    written while measuring is told once, and the measurement goes on.
+    `context` is written at the top, for whoever reads what is unfinished. A second tuner on the device gets
+    WorkerError: their times would disturb each other. A journal that cannot be written while measuring is told once,
+    and the measurement goes on.
     """
 
     def __init__(self, device: str, folder: Path | None = None, context: Mapping[str, Any] | None = None) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import time
 import traceback
@@ -16,7 +18,13 @@ from typing import Any
 from ..errors import InvalidConfig, InvalidProblem, KernelError, NSAError, RenderError
 from ..spec import Config, KernelSpec, Problem
 from .compile import Resources, compile_variant, need_compiler
-from .lifetime import die_with_parent
+from .lifetime import die_with_parent, has_ended, odd_state
+
+logger = logging.getLogger(__name__)
+
+MAX_ANSWER_BYTES = 1 << 24
+KILL_WAIT_S = 5.0
+LAST_WORDS_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -90,13 +98,27 @@ def _start(specs: dict[str, KernelSpec], target: str) -> _Child:
 
 
 def _stop(child: _Child) -> None:
+    """End a child with all it started; one that is stuck in a system call is told, and left behind."""
+    pid = child.process.pid
     with suppress(ProcessLookupError, PermissionError):
-        os.setpgid(child.process.pid, child.process.pid)  # it may not have come to that itself
+        os.setpgid(pid, pid)  # it may not have come to that itself
     with suppress(ProcessLookupError, PermissionError):
-        os.killpg(child.process.pid, signal.SIGKILL)  # the assembler too
+        os.killpg(pid, signal.SIGKILL)  # the assembler too
     child.process.kill()
-    child.process.join()
+    child.process.join(KILL_WAIT_S)
+    if child.process.exitcode is None:
+        logger.error("compiler process %d does not end when it is killed: it is %s", pid, odd_state(pid) or "running")
     child.pipe.close()
+
+
+def _hand_over(child: _Child, job: CompileJob, timeout_s: float) -> bool:
+    """Give a job to an idle child; False if the child has died meanwhile."""
+    try:
+        child.pipe.send(job)
+    except OSError:
+        return False
+    child.job, child.deadline = job, time.monotonic() + timeout_s
+    return True
 
 
 def compile_many(
@@ -115,11 +137,13 @@ def compile_many(
     children = [_start(specs, target) for _ in range(count)]
     try:
         while waiting or any(child.job for child in children):
-            for child in children:
+            for index, child in enumerate(children):
                 if child.job is None and waiting:
-                    child.job = waiting.pop()
-                    child.deadline = time.monotonic() + timeout_s
-                    child.pipe.send(child.job)
+                    if _hand_over(child, waiting[-1], timeout_s):
+                        waiting.pop()
+                    else:
+                        _stop(child)
+                        children[index] = _start(specs, target)
             for index, outcome in _collect(children):
                 if outcome.status in ("timeout", "crash"):
                     _stop(children[index])
@@ -140,13 +164,33 @@ def _collect(children: list[_Child]) -> Iterator[tuple[int, CompileOutcome]]:
         if child.job is None:
             continue
         if child.pipe in ready:
-            try:
-                yield index, child.pipe.recv()
-            except (EOFError, ConnectionResetError):
-                child.process.join()
-                yield (
-                    index,
-                    CompileOutcome(child.job, "crash", f"the compiler died, exit code {child.process.exitcode}"),
-                )
+            yield index, _answer(child)
         elif now > child.deadline:
-            yield index, CompileOutcome(child.job, "timeout", "the compiler ran past its time limit")
+            state = odd_state(child.process.pid)
+            reason = "the compiler ran past its time limit" + (f"; the process is {state}" if state else "")
+            yield index, CompileOutcome(child.job, "timeout", reason)
+
+
+def _answer(child: _Child) -> CompileOutcome:
+    """What a child says that has something to say, or how it died."""
+    assert child.job is not None
+    try:
+        outcome = pickle.loads(child.pipe.recv_bytes(MAX_ANSWER_BYTES))
+    except (EOFError, ConnectionResetError):
+        has_ended(child.process.pid, LAST_WORDS_S)  # its pipe is closed: it is ending
+        code = _exit_code(child)
+        return CompileOutcome(child.job, "crash", f"the compiler died, exit code {code}")
+    except Exception as error:  # unpickling garbage raises anything
+        return CompileOutcome(child.job, "crash", f"the compiler answered nonsense: {type(error).__name__}: {error}")
+    if not isinstance(outcome, CompileOutcome) or outcome.job != child.job:
+        return CompileOutcome(child.job, "crash", f"the compiler answered nonsense: {str(outcome)[:200]}")
+    return outcome
+
+
+def _exit_code(child: _Child) -> int | None:
+    """The exit code of a child that has ended; what it started is ended first, while its group is surely its own."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.process.pid, signal.SIGKILL)
+    child.process.join(KILL_WAIT_S)
+    code: int | None = child.process.exitcode
+    return code
