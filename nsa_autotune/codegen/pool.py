@@ -62,7 +62,10 @@ def _compile(spec: KernelSpec, job: CompileJob, target: str) -> CompileOutcome:
     except RenderError as error:
         return CompileOutcome(job, "render", str(error))
     except KernelError as error:
-        return CompileOutcome(job, "resource" if "limit_bytes" in error.values else "compile", str(error))
+        short = "limit_bytes" in error.values or isinstance(error.__cause__, OSError)  # of shared memory, of disk
+        return CompileOutcome(job, "resource" if short else "compile", str(error))
+    except OSError as error:
+        return CompileOutcome(job, "resource", f"the compiler cannot read or write its files: {error}")
     except NSAError as error:
         return CompileOutcome(job, "compile", str(error))
     return CompileOutcome(job, "ok", resources=resources)
