@@ -23,7 +23,7 @@ from nsa_autotune.codegen import pool
 from nsa_autotune.codegen.pool import CompileJob, compile_many
 from nsa_autotune.kernels import get_spec
 
-TIMEOUT_S = {"stop": 1.0, "bomb": 1.0, "deaf": 1.0}  # others do not hang
+TIMEOUT_S = {"stop": 0.5, "bomb": 0.5, "deaf": 0.5}  # others do not hang
 
 
 def scribble(text: bytes) -> None:
@@ -88,7 +88,8 @@ def outcomes(fault: str) -> list[dict[str, Any]]:
 
 def idle_death() -> list[str]:
     """A child that dies between two jobs, as by the host's lack of memory."""
-    spec, jobs = get_spec("gate_sum_fwd"), [CompileJob("gate_sum_fwd", PROBLEM.to_dict(), default("gate_sum_fwd"))] * 3
+    spec = get_spec("gate_sum_fwd")
+    jobs = [CompileJob("gate_sum_fwd", PROBLEM.to_dict(), {**default("gate_sum_fwd"), "BLOCK": 7})] * 3
     started: list[Any] = []
     start = pool._start
     pool._start = lambda *arguments: started.append(start(*arguments)) or started[-1]
