@@ -1,4 +1,4 @@
-"""Guard bytes around what a launch allocates for itself, while it is being checked; a timed launch allocates plainly."""
+"""Guard bytes around what a launch allocates for itself, while it is checked; a timed launch allocates plainly."""
 
 from __future__ import annotations
 

@@ -53,7 +53,6 @@ def kernel(spec: KernelSpec, problem: Problem, fault: str) -> Kernel:
 def test_a_mutant_is_caught(spec: KernelSpec, problem: Problem, fault: str, words: str) -> None:
     report = check_variant(spec, problem, kernel(spec, problem, fault), CPU)
     assert not report.ok and words in report.reason
-    assert check_variant(spec, problem, kernel(spec, problem, "right"), CPU).ok
 
 
 def test_a_write_into_rows_between_packed_sequences_is_caught() -> None:
