@@ -49,6 +49,9 @@ def tune(
     ] = None,
     db: options.DbOption = None,
     retune: Annotated[bool, typer.Option("--retune", help="Measure tuned problems again.")] = False,
+    retry_quarantined: Annotated[
+        bool, typer.Option("--retry-quarantined", help="Try again what crashed twice, or hung, on this machine.")
+    ] = False,
     device: Annotated[str, typer.Option("--device", help="The GPU to measure on.")] = "cuda:0",
     policy: options.PolicyOption = DEFAULT_POLICY,
     check: Annotated[
@@ -79,7 +82,9 @@ def tune(
     specs = options.choose_specs(options.split(families, "--families"))
     work = plan_work(specs, choice.problems(NO_GPU_PRESET if goal else GPU_PRESET))
     total = choose_budget(budget, trials, minutes, len(work), predicting=goal is not None)
-    run = Run(tuple(work), total, db, device, goal, retune, jobs or os.cpu_count() or 1, check, get_policy(policy).name)
+    how = get_policy(policy).name
+    cores = jobs or os.cpu_count() or 1
+    run = Run(tuple(work), total, db, device, goal, retune, cores, check, how, retry_quarantined)
     raise typer.Exit(execute(run))
 
 

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..errors import StoreError
+from ..errors import StoreError, WorkerError
 from ..spec import DEFAULT_POLICY, KernelSpec, Problem
 from .console import errors, gain_text, make_table, output, problem_text
 
 if TYPE_CHECKING:
+    from ..bench.journal import Journal
     from ..bench.result import TrialResult
     from ..bench.worker import MeasureWorker
     from ..db.records import WinnerRecord
@@ -41,6 +42,7 @@ class Run:
     jobs: int
     check: bool  # in the interpreter, before predicting
     policy: str = DEFAULT_POLICY
+    retry_quarantined: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def execute(run: Run) -> int:
     from .progress import TuneDisplay
 
     interrupted, right = False, True
+    lost: WorkerError | None = None
     guesses: list[Guess] = []
     with TuningStore(run.db) as store:
         if store.read_only:
@@ -73,25 +76,39 @@ def execute(run: Run) -> int:
                     predict(run, store, display, run.target, guesses)
         except KeyboardInterrupt:
             interrupted = True
+        except WorkerError as error:  # the device is lost: what was found until then is shown first
+            lost = error
         worked = print_winners(display) if run.target is None else print_predictions(run.target, guesses)
         if interrupted:
             done = "measured" if run.target is None else "found"
             text = f"stopped; everything {done} is kept in {store.location}; the same command resumes"
             errors().print(text, style="yellow", markup=False, soft_wrap=True)
             return EXIT_INTERRUPTED
+    if lost is not None:
+        raise lost
     return 0 if worked and right else EXIT_NO_WINNER
 
 
 def measure(run: Run, store: TuningStore, display: TuneDisplay) -> None:
-    """Tune every problem on the device, then race the winners again in a new process."""
+    """Tune every problem on the device, then race the winners again in a new process.
+
+    What killed an earlier run is stored first and tried once more last.
+    """
+    from ..bench.journal import Journal
     from ..bench.worker import MeasureWorker
     from ..dispatch.fingerprint import current
     from ..search.ahead import compile_ahead
     from ..search.budget import Meter
+    from ..search.quarantine import context_of_run
     from ..search.tuner import tune_problem
 
     here, meter = current(run.device), Meter(run.budget)
-    with MeasureWorker(run.device, policy=run.policy) as worker, compile_ahead(here.capability, run.jobs) as preparer:
+    with (
+        compile_ahead(here.capability, run.jobs) as preparer,
+        Journal(run.device, context=context_of_run(here.to_dict())) as journal,
+        MeasureWorker(run.device, policy=run.policy, journal=journal) as worker,
+    ):
+        settle(journal, store, display)
 
         def library(spec: KernelSpec, problem: Problem) -> TrialResult:
             return worker.measure_library(spec.library, problem)
@@ -106,11 +123,13 @@ def measure(run: Run, store: TuningStore, display: TuneDisplay) -> None:
                 budget=budget,
                 progress=display,
                 retune=run.retune,
+                retry_quarantined=run.retry_quarantined,
                 library=library,
                 preparer=preparer,
             )
         if run.budget.confirm:
             confirm(run, worker, store, display, here.to_dict(), meter)
+        retry_suspects(run, store, display, worker, here.to_dict())
 
 
 def search_budget(total: Budget) -> Budget:
@@ -144,6 +163,32 @@ def confirm(
         display.say(f"confirming {spec.family} {problem_text(problem.to_dict(), spec.family)}")
         task = Task(spec, problem, fingerprint, template_digest(spec), run.policy)
         display.outcomes[number] = replace(outcome, winner=confirm_winner(task, measurer=worker, store=store))
+
+
+def settle(journal: Journal, store: TuningStore, display: TuneDisplay) -> None:
+    """Store what an earlier run was at when it died."""
+    from ..search.quarantine import store_suspects
+
+    suspects = journal.unfinished()
+    store_suspects(store, suspects)
+    for suspect in suspects:
+        display.note(f"{suspect.family}: an earlier run died: {suspect.result().reason}  {dict(suspect.config)}")
+    journal.settle()
+
+
+def retry_suspects(
+    run: Run, store: TuningStore, display: TuneDisplay, worker: MeasureWorker, fingerprint: dict[str, str]
+) -> None:
+    """Measure once more, when all else is done, what a journal suspects."""
+    from ..codegen.render import template_digest
+    from ..search.quarantine import retry_suspected
+    from ..search.task import Task
+
+    for spec, problem in run.work:
+        for trial in retry_suspected(
+            store, Task(spec, problem, fingerprint, template_digest(spec), run.policy), worker
+        ):
+            display.note(f"{spec.family}: tried once more: {trial.status} {trial.reason}  {trial.config}")
 
 
 def check_in_interpreter(run: Run, display: TuneDisplay) -> bool:

@@ -31,7 +31,7 @@ class FakeWorker:
     def renew(self) -> None:
         type(self).renewed += 1
 
-    def __init__(self, device: str, policy: str = "eager-cold") -> None:
+    def __init__(self, device: str, policy: str = "eager-cold", **options: object) -> None:
         self.num_measured, self.policy = 0, policy
 
     def __enter__(self) -> FakeWorker:
