@@ -111,6 +111,12 @@ class TuningStore:
         with self._transaction() as session:
             return read_trials(session, where, limit)
 
+    def predictions(self, *, family: str, capability: str) -> list[TrialRecord]:
+        """Predictions of one family for an architecture that compiled and fit, newest first."""
+        where = {"family": family, "capability": capability, "kind": "predicted", "status": "ok"}
+        with self._transaction() as session:
+            return read_trials(session, where)
+
     def set_winner(self, record: WinnerRecord) -> bool:
         """Store the winner of (fingerprint, family, problem key, template) in the place of the one before.
 
