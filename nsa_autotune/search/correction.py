@@ -75,7 +75,9 @@ class Correction:
         return found[1].time_us * math.exp(float(row @ self.weights) + self.offset)
 
     def guess_of(self, record: TrialRecord) -> float | None:
-        """`guess_us` of a stored record."""
+        """`guess_us` of a stored record; None if there is no correction: the record's own guess stands."""
+        if not self.is_used:
+            return None
         gpu = gpu_of(record.fingerprint)
         if gpu is None:
             return None
