@@ -175,10 +175,8 @@ def _print(report: dict[str, list[Row]]) -> None:
     if not report["model"]:
         errors().print("no trial tells its resources, so the cost model is not judged", soft_wrap=True)
         return
-    columns = ("family", "gpu", "problem", "configs", "best us", "5% in first 16", "first loses", "model")
-    output().print(
-        make_table("the cost model", columns, map(_model_row, report["model"]), columns[3:7], LESS_IMPORTANT)
-    )
+    heads = ("family", "gpu", "problem", "configs", "best us", "5% in first 16", "first loses", "model")
+    output().print(make_table("the cost model", heads, map(_model_row, report["model"]), heads[3:7], LESS_IMPORTANT))
     (overall,) = report["model_over_all_spaces"]
     text = (
         f"a config within 5% of the best is among the model's first 16 in {overall['near_best_in_first_16']} of "

@@ -23,8 +23,9 @@ from .space import config_key, is_ordered
 
 Array = NDArray[np.float64]
 
-PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the squared weights, beside a mean squared error of log-times
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # of the squared weights, beside a mean squared error of log-times
 LEAST_CONFIGS = 8  # of a problem that is learned from
+LEAST_GAIN = 0.005  # of the log-loss on problems left out, for a correction to be used; less is chance
 FIRST = (1, 4, 16)  # how many of a ranking's first configs are looked at when it is judged
 LEAST_SHARE = math.exp(-6.0)  # of a term in the slowest one; less makes no difference
 
@@ -91,12 +92,12 @@ def fit(spec: KernelSpec, records: Iterable[TrialRecord]) -> Correction:
     if len(keys) < 2:
         return Correction(spec, f"the plain model: {len(keys)} measured problems, and 2 are needed to judge another")
     plain = _mean([_loss(group.model_us, group.time_us) for group in groups], groups)
-    losses = [_held_out_loss(groups, keys, penalty) for penalty in PENALTIES]
+    losses = _held_out_losses(groups, keys)
     best = int(np.argmin(losses))
     told = f"on problems left out it loses {math.expm1(losses[best]):.1%}, the plain model {math.expm1(plain):.1%}"
-    if losses[best] >= plain:
+    if losses[best] > plain - LEAST_GAIN:
         return Correction(spec, f"the plain model: corrected by {len(keys)} problems, {told}")
-    weights = _solve(groups, PENALTIES[best])
+    weights = _solve(groups)[best]
     rows = np.concatenate([group.rows for group in groups])
     levels = [np.log(group.time_us / group.model_us).mean() - (group.rows @ weights).mean() for group in groups]
     note = f"corrected by {len(rows)} configs of {len(keys)} problems: {told}"
@@ -107,25 +108,26 @@ def groups_of(spec: KernelSpec, records: Iterable[TrialRecord]) -> list[Group]:
     """Measured trials by problem, GPU and template; a config's time is the median of its medians."""
     found: dict[str, dict[str, list[TrialRecord]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
-        if _is_usable(record, spec):
-            exact = spec.problem_key(Problem.from_dict(record.problem), bucket=False)
+        problem = Problem.from_dict(record.problem)
+        if _is_measured(record, spec) and spec.broken_constraint(problem, record.config) is None:
+            exact = spec.problem_key(problem, bucket=False)
             group = canonical_json([exact, record.fingerprint, record.template_digest])
             found[group][config_key(record.config)].append(record)
     groups = (_group(spec, [found[key][config] for config in sorted(found[key])]) for key in sorted(found))
     return [group for group in groups if group is not None]
 
 
-def _is_usable(record: TrialRecord, spec: KernelSpec) -> bool:
-    measured = record.kind == "measured" and record.provider == "template" and record.family == spec.family
-    known = {param.name for param in spec.params} == record.config.keys()
-    return measured and known and record.status == "ok" and bool(record.median_us)
+def _is_measured(record: TrialRecord, spec: KernelSpec) -> bool:
+    ours = record.kind == "measured" and record.provider == "template" and record.family == spec.family
+    return ours and record.status == "ok" and bool(record.median_us)
 
 
 def _group(spec: KernelSpec, configs: Sequence[Sequence[TrialRecord]]) -> Group | None:
     problem, gpu = Problem.from_dict(configs[0][0].problem), gpu_of(configs[0][0].fingerprint)
+    if gpu is None:
+        return None
     rows, model_us, time_us = [], [], []
-    for trials in configs if gpu is not None else ():
-        assert gpu is not None
+    for trials in configs:
         resources = next((trial.resources for trial in trials if trial.resources), None)
         parts = terms_of(spec, problem, trials[0].config, resources, gpu)
         if parts is not None:
@@ -175,32 +177,33 @@ def _choices(values: Sequence[Any], value: Any, ordered: bool) -> list[float]:
     return [*size, float(value == 0)] if 0 in values else size
 
 
-def _solve(groups: Sequence[Group], penalty: float) -> Array:
-    """Weights of the rows, each group counting the same; differences between groups are not explained."""
+def _solve(groups: Sequence[Group]) -> list[Array]:
+    """Weights of the features for each penalty; groups count the same, differences between them are not explained."""
     centred = [group.rows - group.rows.mean(axis=0) for group in groups]
-    spread = np.sqrt(_mean_rows([(rows**2).mean(axis=0) for rows in centred]))
+    spread = np.sqrt(_mean_of([(rows**2).mean(axis=0) for rows in centred]))
     scale = np.where(spread > 1e-9, spread, np.inf)  # a feature that never varies gets no weight
     scaled = [rows / scale for rows in centred]
-    gram = _mean_rows([rows.T @ rows / len(rows) for rows in scaled])
-    moment = _mean_rows([rows.T @ group.target / len(rows) for rows, group in zip(scaled, groups, strict=True)])
-    weights: Array = np.linalg.solve(gram + penalty * np.eye(len(gram)), moment) / scale
-    return weights
+    gram = _mean_of([rows.T @ rows / len(rows) for rows in scaled])
+    moment = _mean_of([rows.T @ group.target / len(rows) for rows, group in zip(scaled, groups, strict=True)])
+    values, vectors = np.linalg.eigh(gram)  # once for all penalties
+    along = vectors.T @ moment
+    return [vectors @ (along / (np.maximum(values, 0.0) + penalty)) / scale for penalty in PENALTIES]
 
 
-def _held_out_loss(groups: Sequence[Group], keys: Sequence[str], penalty: float) -> float:
-    """What following the correction loses on each problem when it was learned from the others."""
-    losses, judged = [], []
+def _held_out_losses(groups: Sequence[Group], keys: Sequence[str]) -> list[float]:
+    """For each penalty, what following the correction loses on each problem when it was learned from the others."""
+    losses: list[list[float]] = [[] for _ in PENALTIES]
+    judged = []
     for key in keys:
         others = [group for group in groups if group.problem_key != key]
-        weights = _solve(others, penalty)
         rows = np.concatenate([group.rows for group in others])
-        low, high = rows.min(axis=0), rows.max(axis=0)
-        for group in groups:
-            if group.problem_key == key:
-                guess = group.model_us * np.exp(np.clip(group.rows, low, high) @ weights)
-                losses.append(_loss(guess, group.time_us))
-                judged.append(group)
-    return _mean(losses, judged)
+        low, high, solved = rows.min(axis=0), rows.max(axis=0), _solve(others)
+        for group in (group for group in groups if group.problem_key == key):
+            judged.append(group)
+            within = np.clip(group.rows, low, high)
+            for found, weights in zip(losses, solved, strict=True):
+                found.append(_loss(group.model_us * np.exp(within @ weights), group.time_us))
+    return [_mean(found, judged) for found in losses]
 
 
 def _loss(guess_us: Array, time_us: Array) -> float:
@@ -217,6 +220,6 @@ def _mean(losses: Sequence[float], groups: Sequence[Group]) -> float:
     return float(np.mean([np.mean(found) for found in by_problem.values()]))
 
 
-def _mean_rows(arrays: Sequence[Array]) -> Array:
+def _mean_of(arrays: Sequence[Array]) -> Array:
     total: Array = np.mean(np.stack(arrays), axis=0)
     return total

@@ -17,7 +17,7 @@ from nsa_autotune.db.records import TrialRecord
 from nsa_autotune.dispatch.fingerprint import Fingerprint
 from nsa_autotune.kernels import get_spec
 from nsa_autotune.search.space import ConfigSpace, config_key
-from nsa_autotune.spec import Config, KernelSpec, Problem
+from nsa_autotune.spec import Config, KernelSpec, Problem, digest
 
 H100 = Fingerprint("NVIDIA H100 80GB HBM3", "9.0", "570.1", "12.8", "2.11.0", "3.6.0", "ptxas 12.8").to_dict()
 A100 = Fingerprint("NVIDIA A100-SXM4-80GB", "8.0", "570.1", "12.8", "2.11.0", "3.6.0", "ptxas 12.8").to_dict()
@@ -27,9 +27,16 @@ CREATED = "2026-01-01T00:00:00.{:06d}+00:00"
 
 def some_configs(spec: KernelSpec, problem: Problem, count: int) -> list[Config]:
     """The default and a seeded sample of the legal configs; the same for every problem that allows them."""
-    default = spec.default_config(problem)
-    legal = [config for config in ConfigSpace(spec, problem).configs() if config != default]
-    legal.sort(key=lambda config: random.Random(config_key(config)).random())
+    default, space = spec.default_config(problem), ConfigSpace(spec, problem)
+    if space.num_points > 50_000:  # too many to list
+        rng, found = random.Random(0), {config_key(default): default}
+        while len(found) < count:
+            config = space.sample(rng, found)
+            assert config is not None
+            found[config_key(config)] = config
+        return list(found.values())
+    legal = [config for config in space.configs() if config != default]
+    legal.sort(key=lambda config: digest(config_key(config)))
     return [default, *legal[: count - 1]]
 
 
@@ -40,7 +47,7 @@ def invented_resources(config: Config) -> dict[str, Any]:
     registers = min(255, 32 + 2 * tile // warps)
     if config.get("maxnreg"):
         registers = min(registers, int(config["maxnreg"]))
-    shared = min(225_000, 1024 * int(config["num_stages"]) * int(config.get("BLOCK_N", 16)) // 2)
+    shared = min(225_000, 1024 * int(config.get("num_stages", 1)) * int(config.get("BLOCK_N", 16)) // 2)
     return {
         "registers": min(registers, 65_536 // (32 * warps) // 8 * 8),
         "shared_bytes": shared,
