@@ -110,8 +110,9 @@ class Dispatcher:
         choice = choose(spec, problem, winners, here, template_digest(spec))
         predictions = getattr(self._source, "predictions", None)  # a source need not have any
         if choice.step is Step.DEFAULT and predictions is not None and not self.strict:
-            guesses = predictions(family=spec.family, capability=here.capability)
-            choice = choose_predicted(spec, problem, guesses, here, template_digest(spec)) or choice
+            current_digest = template_digest(spec)
+            guesses = predictions(family=spec.family, capability=here.capability, template_digest=current_digest)
+            choice = choose_predicted(spec, problem, guesses, here, current_digest) or choice
         if choice.step is not Step.EXACT:
             self._report(spec, problem, choice, here)
         return choice
