@@ -11,7 +11,7 @@ import typer
 
 from .. import __version__
 from ..errors import NSAError
-from . import bench, db, doctor, render, tune
+from . import bench, db, doctor, render, replay, tune
 from .console import errors
 
 EXIT_MISTAKE = 2
@@ -27,6 +27,7 @@ app.command("tune")(tune.tune)
 app.command("render")(render.render)
 app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
+app.command("replay")(replay.replay)
 app.add_typer(db.app, name="db")
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..bench.policy import get_policy
+from ..errors import InvalidInput
 from ..spec import DEFAULT_POLICY, KernelSpec, Problem
 from . import options
 from .tune_run import Run, Work, execute
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 GPU_PRESET, GPU_BUDGET = "gqa16-d128", "normal"
 NO_GPU_PRESET, NO_GPU_BUDGET, NO_GPU_MINUTES = "tiny", "quick", 4.0  # minutes of the whole run
 DEFAULT_TARGET = "cuda:90"
+EVERYTHING = 10_000_000  # configs, more than any family has
 
 
 def tune(
@@ -45,8 +47,12 @@ def tune(
     trials: Annotated[int | None, typer.Option("--trials", min=1, help="Trials for each problem.")] = None,
     minutes: Annotated[float | None, typer.Option("--minutes", min=0.01, help="Minutes of the whole run.")] = None,
     target: Annotated[
-        str | None, typer.Option("--target", help=f"Predict for this GPU; without a GPU {DEFAULT_TARGET}.")
+        list[str] | None,
+        typer.Option(
+            "--target", help=f"Predict for these, such as cuda:80,hip:gfx942; without a GPU {DEFAULT_TARGET}."
+        ),
     ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Predict for every config, however long it takes.")] = False,
     db: options.DbOption = None,
     retune: Annotated[bool, typer.Option("--retune", help="Measure tuned problems again.")] = False,
     retry_quarantined: Annotated[
@@ -78,25 +84,29 @@ def tune(
         seq_q=seq_q,
     )
     options.check_device(device)
-    goal = choose_target(target)
+    targets = choose_targets(options.split(target, "--target"))
+    if everything and (not targets or budget or trials or minutes):
+        rule = "--all compiles every config for a --target, and takes no budget"
+        raise InvalidInput(rule, {"--target": targets}, "To measure many configs use --budget full.")
     specs = options.choose_specs(options.split(families, "--families"))
-    work = plan_work(specs, choice.problems(NO_GPU_PRESET if goal else GPU_PRESET))
-    total = choose_budget(budget, trials, minutes, len(work), predicting=goal is not None)
+    work = plan_work(specs, choice.problems(NO_GPU_PRESET if targets else GPU_PRESET))
+    parts = len(work) * max(1, len(targets))
+    total = choose_budget(budget, EVERYTHING if everything else trials, minutes, parts, predicting=bool(targets))
     how = get_policy(policy).name
     cores = jobs or os.cpu_count() or 1
-    run = Run(tuple(work), total, db, device, goal, retune, cores, check, how, retry_quarantined)
+    run = Run(tuple(work), total, db, device, targets, retune, cores, check, how, retry_quarantined)
     raise typer.Exit(execute(run))
 
 
-def choose_target(target: str | None) -> str | None:
-    """The GPU to predict for, None to measure: predicting is for who asks, and for who has no GPU."""
+def choose_targets(names: Sequence[str]) -> tuple[str, ...]:
+    """The GPUs to predict for, none to measure: predicting is for who asks, and for who has no GPU."""
     from ..codegen.target import parse_target
 
-    if target is not None:
-        return parse_target(target).name
+    if names:
+        return tuple(dict.fromkeys(parse_target(name).name for name in names))
     import torch
 
-    return None if torch.cuda.is_available() else DEFAULT_TARGET
+    return () if torch.cuda.is_available() else (DEFAULT_TARGET,)
 
 
 def plan_work(specs: Sequence[KernelSpec], problems: Iterable[Problem]) -> list[Work]:

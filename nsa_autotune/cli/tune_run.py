@@ -37,7 +37,7 @@ class Run:
     budget: Budget
     db: str | None
     device: str
-    target: str | None  # None measures
+    targets: tuple[str, ...]  # none measures
     retune: bool
     jobs: int
     check: bool  # in the interpreter, before predicting
@@ -49,6 +49,7 @@ class Run:
 class Guess:
     """The configs of one problem that an absent GPU could run, fastest guess first."""
 
+    target: str
     spec: KernelSpec
     problem: Problem
     ranked: list[Prediction]
@@ -66,21 +67,21 @@ def execute(run: Run) -> int:
         if store.read_only:
             values = {"database": str(store.location)}
             raise StoreError("tuning needs a database that can be written", values, "Name another one with --db.")
-        display = TuneDisplay(errors(), len(run.work))
+        display = TuneDisplay(errors(), len(run.work) * max(1, len(run.targets)))
         try:
             with display:
-                if run.target is None:
+                if not run.targets:
                     measure(run, store, display)
                 else:
                     right = not run.check or check_in_interpreter(run, display)
-                    predict(run, store, display, run.target, guesses)
+                    predict(run, store, display, guesses)
         except KeyboardInterrupt:
             interrupted = True
         except WorkerError as error:  # the device is lost: what was found until then is shown first
             lost = error
-        worked = print_winners(display) if run.target is None else print_predictions(run.target, guesses)
+        worked = print_predictions(guesses) if run.targets else print_winners(display)
         if interrupted:
-            done = "measured" if run.target is None else "found"
+            done = "found" if run.targets else "measured"
             text = f"stopped; everything {done} is kept in {store.location}; the same command resumes"
             errors().print(text, style="yellow", markup=False, soft_wrap=True)
             return EXIT_INTERRUPTED
@@ -209,11 +210,13 @@ def check_in_interpreter(run: Run, display: TuneDisplay) -> bool:
     return right
 
 
-def predict(run: Run, store: TuningStore, display: TuneDisplay, target: str, guesses: list[Guess]) -> None:
-    """Rank every problem's configs for an absent GPU; what is found is appended to `guesses`."""
+def predict(run: Run, store: TuningStore, display: TuneDisplay, guesses: list[Guess]) -> None:
+    """Rank every problem's configs for each absent GPU; what is found is appended to `guesses`."""
     from ..search.predict import predict_problem, stored_predictions
 
-    for spec, problem, budget in shares(run.budget, run.work):
+    targets = (target for target in run.targets for _ in run.work)
+    for spec, problem, budget in shares(run.budget, run.work * len(run.targets)):
+        target = next(targets)
         try:
             ranked = predict_problem(
                 spec, problem, target=target, store=store, budget=budget, progress=display, processes=run.jobs
@@ -221,9 +224,9 @@ def predict(run: Run, store: TuningStore, display: TuneDisplay, target: str, gue
         except KeyboardInterrupt:
             ranked = stored_predictions(spec, problem, target=target, store=store)
             if ranked:
-                guesses.append(Guess(spec, problem, ranked))
+                guesses.append(Guess(target, spec, problem, ranked))
             raise
-        guesses.append(Guess(spec, problem, ranked))
+        guesses.append(Guess(target, spec, problem, ranked))
 
 
 def shares(total: Budget, work: Sequence[Work]) -> Iterator[tuple[KernelSpec, Problem, Budget]]:
@@ -265,16 +268,20 @@ def verdict_text(winner: WinnerRecord) -> str:
     return f"{winner.verdict}, {len(winner.tied)} tied" if winner.tied else winner.verdict
 
 
-def print_predictions(target: str, guesses: Sequence[Guess]) -> bool:
-    """The table of predictions, labelled as such; False if nothing of a problem would run."""
+def print_predictions(guesses: Sequence[Guess]) -> bool:
+    """A table of predictions for each target, labelled as such; False if nothing of a problem would run."""
     if not guesses:  # interrupted before the first
         return True
-    rows = [_prediction_row(guess) for guess in guesses]
     columns = ("family", "problem", "usable", "guess us", "default's guess us", "registers", "shared KiB", "config")
-    title = f"predictions for {target} by a cost model: nothing was measured, nothing of this is served"
     less = ("shared KiB", "registers", "usable")
-    output().print(make_table(title, columns, rows, columns[2:7], less))
-    text = "on such a GPU `nsa-autotune tune` measures, and tries the best of these first"
+    for target in dict.fromkeys(guess.target for guess in guesses):
+        rows = [_prediction_row(guess) for guess in guesses if guess.target == target]
+        title = f"predictions for {target} by a cost model: nothing was measured"
+        output().print(make_table(title, columns, rows, columns[2:7], less))
+    text = (
+        "on such a GPU `nsa-autotune tune` measures, and tries the best of these first; "
+        "until then they are served, labelled as predicted, where no winner applies"
+    )
     errors().print(text, markup=False, soft_wrap=True)
     return all(guess.ranked for guess in guesses)
 

@@ -17,7 +17,7 @@ from ..config import NSAConfig
 from ..errors import InvalidInput, KernelError, NotTuned
 from ..spec import DEFAULT_LOCALITY, Config, KernelSpec, Problem
 from .fingerprint import Fingerprint, current
-from .ladder import Choice, Step, Winner, choose
+from .ladder import Choice, Step, Winner, choose, choose_predicted
 
 logger = logging.getLogger("nsa_autotune")
 
@@ -108,6 +108,11 @@ class Dispatcher:
         spec.check_problem(problem)
         winners = self._source.winners(family=spec.family) if self._source is not None else ()
         choice = choose(spec, problem, winners, here, template_digest(spec))
+        predictions = getattr(self._source, "predictions", None)  # a source need not have any
+        if choice.step is Step.DEFAULT and predictions is not None and not self.strict:
+            current_digest = template_digest(spec)
+            guesses = predictions(family=spec.family, capability=here.capability, template_digest=current_digest)
+            choice = choose_predicted(spec, problem, guesses, here, current_digest) or choice
         if choice.step is not Step.EXACT:
             self._report(spec, problem, choice, here)
         return choice

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
-from ..spec import Config, KernelSpec, Problem
+from ..spec import Config, KernelSpec, Problem, canonical_json
 from .fingerprint import Fingerprint
 
 
@@ -20,6 +20,7 @@ class Step(StrEnum):
     OTHER_TOOLCHAIN = "winner of this problem on this GPU, measured with other versions"
     NEAREST = "winner of the nearest problem on this GPU"
     ARCHITECTURE = "winner on another GPU of this architecture"
+    PREDICTED = "best prediction for this architecture, where nothing was measured"
     DEFAULT = "default config"
 
 
@@ -36,6 +37,17 @@ class Winner(Protocol):
     def config(self) -> Config: ...
     @property
     def template_digest(self) -> str: ...
+
+
+class Predicted(Winner, Protocol):
+    """What the ladder reads of a stored prediction."""
+
+    @property
+    def status(self) -> str: ...
+    @property
+    def predicted_us(self) -> float | None: ...
+    @property
+    def created(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -91,6 +103,30 @@ def choose(
     return min(ranked, key=lambda item: item[:3])[3]
 
 
+def choose_predicted(
+    spec: KernelSpec, problem: Problem, predictions: Iterable[Predicted], here: Fingerprint, template_digest: str
+) -> Choice | None:
+    """The config that is guessed fastest on this architecture, of the nearest problem; None if there is none.
+
+    Only the newest guess of a config counts.
+    """
+    newest: dict[tuple[str, str], Predicted] = {}
+    for found in sorted(predictions, key=lambda found: found.created):
+        alike = _is_prediction(found) and found.fingerprint.get("capability") == here.capability
+        if alike and found.template_digest == template_digest:
+            newest[found.problem_key, canonical_json(found.config)] = found
+    ranked: list[tuple[float, float, str, str]] = []
+    for (key, config), found in newest.items():
+        gap = distance(spec, problem, key)
+        usable = found.status == "ok" and found.predicted_us is not None and not math.isinf(gap)
+        if usable and spec.broken_constraint(problem, found.config) is None:
+            ranked.append((gap, found.predicted_us or 0.0, config, key))
+    if not ranked:
+        return None
+    *_, config, key = min(ranked)
+    return Choice(dict(newest[key, config].config), Step.PREDICTED, key)
+
+
 def _step(winner: Winner, key: str, gap: float, here: Fingerprint) -> Step | None:
     if math.isinf(gap):
         return None
@@ -98,7 +134,11 @@ def _step(winner: Winner, key: str, gap: float, here: Fingerprint) -> Step | Non
         if winner.problem_key != key:
             return Step.NEAREST
         return Step.EXACT if dict(winner.fingerprint) == here.to_dict() else Step.OTHER_TOOLCHAIN
-    measured = not str(winner.fingerprint.get("gpu", "")).startswith("target ")  # predictions are not served
-    if measured and winner.fingerprint.get("capability") == here.capability:
+    if not _is_prediction(winner) and winner.fingerprint.get("capability") == here.capability:
         return Step.ARCHITECTURE
     return None
+
+
+def _is_prediction(known: Winner) -> bool:
+    """True for what was compiled for an absent GPU: it has no device name."""
+    return str(known.fingerprint.get("gpu", "")).startswith("target ")

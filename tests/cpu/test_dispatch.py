@@ -326,12 +326,72 @@ def test_a_winner_of_the_database_is_served(store: TuningStore) -> None:
     assert served.choose(get_spec("cmp_attn_fwd"), PROBLEM).step is Step.DEFAULT
 
 
-@pytest.mark.parametrize("at", [HERE, for_target("cuda:90")], ids=["this_gpu", "absent_gpu"])
-def test_predictions_are_never_served(store: TuningStore, at: Fingerprint) -> None:
-    common = record(fingerprint=at.to_dict())
-    store.add_trial(TrialRecord(**common, status="ok", kind="predicted", predicted_us=1.0))
-    store.add_trial(TrialRecord(**common, status="ok", median_us=1.0, p20_us=1.0, p80_us=1.0, samples_us=(1.0,)))
+def predicted(stages: int, guess_us: float, at: Fingerprint, problem: Problem = PROBLEM, **changes: Any) -> TrialRecord:
+    """A stored prediction whose config has `stages`."""
+    where = {"problem": problem.to_dict(), "problem_key": SPEC.problem_key(problem), "fingerprint": at.to_dict()}
+    values = {"status": "ok", "kind": "predicted", "predicted_us": guess_us, **changes}
+    return TrialRecord(**record(**where, config=config(stages)), **values)
+
+
+def test_trials_and_guesses_for_other_machines_are_never_served(store: TuningStore) -> None:
+    store.add_trial(TrialRecord(**record(), status="ok", median_us=1.0, p20_us=1.0, p80_us=1.0, samples_us=(1.0,)))
+    store.add_trial(predicted(1, 1.0, HERE))  # not by the compiler for an absent GPU
+    store.add_trial(predicted(2, 1.0, for_target("cuda:80")))
+    store.add_trial(predicted(3, 1.0, for_target("cuda:90"), PROBLEM.replace(d_qk=64, d_v=64)))
+    store.add_trial(predicted(4, 1.0, for_target("cuda:90"), status="resource"))
+    stale = TrialRecord(
+        **record(fingerprint=for_target("cuda:90").to_dict(), template_digest="older"),
+        status="ok",
+        kind="predicted",
+        predicted_us=1.0,
+    )
+    store.add_trial(stale)
     assert Dispatcher(store, fingerprint=HERE).choose(SPEC, PROBLEM).step is Step.DEFAULT
+
+
+def test_the_best_prediction_serves_where_nothing_was_measured(
+    store: TuningStore, log: Callable[[], list[str]]
+) -> None:
+    absent = for_target("cuda:90")
+    store.add_trial(predicted(1, 9.0, absent))
+    store.add_trial(predicted(2, 5.0, absent))
+    store.add_trial(predicted(3, 1.0, absent, LONGER))  # faster, but of another problem
+    served = Dispatcher(store, fingerprint=HERE)
+    choice = served.choose(SPEC, PROBLEM)
+    assert (choice.step, choice.config, choice.tuned_key) == (Step.PREDICTED, config(2), SPEC.problem_key(PROBLEM))
+    assert len(log()) == 1 and "serving the best prediction" in log()[0] and "nothing was measured" in log()[0]
+    assert served.choose(SPEC, LONGER).config == config(3)
+    newer = "9999-01-01T00:00:00.000000+00:00"
+    store.add_trial(predicted(2, 10.0, absent, created=newer))  # judged anew: a guess is no record to beat
+    assert served.choose(SPEC, PROBLEM).config == config(1)
+    with pytest.raises(NotTuned):
+        Dispatcher(store, fingerprint=HERE, strict=True).choose(SPEC, PROBLEM)
+
+
+@pytest.mark.parametrize(("step", "known"), RUNGS, ids=[step.name.lower() for step, _ in RUNGS])
+def test_any_winner_goes_before_a_prediction(store: TuningStore, step: Step, known: FakeWinner) -> None:
+    store.add_trial(predicted(2, 0.001, for_target("cuda:90")))
+    common = record(fingerprint=known.fingerprint, problem=known.problem, problem_key=known.problem_key)
+    winner = WinnerRecord(
+        **{**common, "config": known.config}, median_us=5.0, p20_us=5.0, p80_us=5.0, samples_us=(5.0,)
+    )
+    store.set_winner(winner)
+    choice = Dispatcher(store, fingerprint=HERE).choose(SPEC, PROBLEM)
+    assert (choice.step, choice.config) == (step, known.config)
+
+
+def test_a_prediction_that_does_not_run_gives_way_to_the_default(
+    store: TuningStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.add_trial(predicted(2, 5.0, for_target("cuda:90")))
+    served = Dispatcher(store, fingerprint=HERE)
+    equip(served, kernels := Kernels(config(2)), monkeypatch)
+    served.launch(SPEC, "shape", lambda: PROBLEM, "cuda:0", {})
+    assert [found for found, _ in kernels.launched] == [SPEC.default_config(PROBLEM)]
+    assert dict(served.stats) == {Step.DEFAULT: 1}
+    equip(other := Dispatcher(store, fingerprint=HERE), Kernels(), monkeypatch)
+    other.launch(SPEC, "shape", lambda: PROBLEM, "cuda:0", {})
+    assert dict(other.stats) == {Step.PREDICTED: 1}
 
 
 # the command and the fingerprint
@@ -374,6 +434,7 @@ def test_the_fingerprint_of_a_target_is_unlike_any_gpus() -> None:
     made = for_target("cuda:90")
     assert (made.gpu, made.capability, made.driver, made.torch) == ("target cuda:90", "9.0", "", "")
     assert for_target("cuda:100").capability == "10.0"
+    assert for_target("hip:gfx942").capability == "gfx942"
     assert re.fullmatch(r"\d+\.\d+.*", made.triton)
     assert len({made.digest, HERE.digest, OLD.digest}) == 3
     assert Fingerprint(**made.to_dict()) == made
