@@ -11,7 +11,7 @@ import torch
 
 from ..errors import InvalidConfig, KernelError
 from ..spec import Config, KernelSpec, Problem
-from .grid import watch_programs
+from .grid import Launches, watch_launches
 from .load import explain, load
 from .machine_code import join_shas, machine_code_sha, usage_of
 from .render import Rendered, render
@@ -32,6 +32,7 @@ class Resources:
     binary_sha: str  # identity of the machine code of all kernels of the variant
     compile_ms: float
     num_programs: int = 0  # of the kernel that starts the most; 0 if it is not known
+    call_sha: str = ""  # identity of the grids and run-time arguments
 
     def to_dict(self) -> dict[str, Any]:
         """By name, ready for JSON."""
@@ -67,7 +68,7 @@ def compile_variant(spec: KernelSpec, problem: Problem, config: Config, target: 
     goal = parse_target(target)
     _check_options(config, goal)
     rendered = render(spec, problem, config)
-    launch, programs = watch_programs(load(rendered))
+    launch, seen = watch_launches(load(rendered))
     arguments = meta_arguments(spec, problem)
     started = time.perf_counter()
     try:
@@ -76,12 +77,12 @@ def compile_variant(spec: KernelSpec, problem: Problem, config: Config, target: 
     except Exception as error:  # whatever the compiler raises is this variant's failure, told with its template lines
         raise KernelError(f"{spec.family} does not compile for {target}: {explain(error, rendered)}") from error
     compile_ms = (time.perf_counter() - started) * 1e3
-    resources = combine_resources([_read(kernel) for kernel in kernels], compile_ms, max(programs, default=0))
+    resources = combine_resources([_read(kernel) for kernel in kernels], compile_ms, seen)
     _check_fits(resources, goal, rendered)
     return resources
 
 
-def combine_resources(parts: list[Resources], compile_ms: float, num_programs: int) -> Resources:
+def combine_resources(parts: list[Resources], compile_ms: float, seen: Launches) -> Resources:
     """The largest demand over a variant's kernels."""
     return Resources(
         registers=max(part.registers for part in parts),
@@ -90,7 +91,8 @@ def combine_resources(parts: list[Resources], compile_ms: float, num_programs: i
         num_warps=max(part.num_warps for part in parts),
         binary_sha=join_shas([part.binary_sha for part in parts]),
         compile_ms=compile_ms,
-        num_programs=num_programs,
+        num_programs=max(seen.programs, default=0),
+        call_sha=seen.call_sha,
     )
 
 

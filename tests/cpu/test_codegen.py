@@ -24,7 +24,7 @@ from nsa_autotune.codegen import paths
 from nsa_autotune.codegen import render as render_module
 from nsa_autotune.codegen.compile import compile_variant, parse_target, shared_limit_bytes
 from nsa_autotune.codegen.golden import structural_configs
-from nsa_autotune.codegen.grid import watch_programs
+from nsa_autotune.codegen.grid import Launches, watch_launches
 from nsa_autotune.codegen.linemap import explain_line
 from nsa_autotune.codegen.load import explain, line_map_of, load, write_source
 from nsa_autotune.codegen.pool import CompileJob, compile_many
@@ -451,6 +451,7 @@ def test_amd_is_compiled_for_as_well(compiled: dict[str, Any]) -> None:
     assert 16 <= amd["registers"] <= 512 and amd["spill_bytes"] >= 0
     assert 0 < amd["shared_bytes"] <= 65_536
     assert amd["num_programs"] == nvidia["num_programs"]
+    assert amd["call_sha"] == nvidia["call_sha"] != ""
     assert amd["binary_sha"] != nvidia["binary_sha"]
     status, reason = compiled["capped_amd"]
     assert status == "constraint" and "caps registers for NVIDIA only" in reason and "maxnreg=128" in reason
@@ -459,8 +460,8 @@ def test_amd_is_compiled_for_as_well(compiled: dict[str, Any]) -> None:
 def test_watching_a_launch_leaves_the_module_as_it_is(cache: Path) -> None:
     module = load(rendered("gate_sum_fwd"))
     launch, kernel = module.launch, module.gate_sum_fwd_kernel
-    watched, programs = watch_programs(module)
-    assert watched is not launch and programs == []
+    watched, seen = watch_launches(module)
+    assert watched is not launch and seen == Launches()
     assert module.launch is launch and module.gate_sum_fwd_kernel is kernel
     assert watched.__defaults__ == launch.__defaults__ and watched.__code__ is launch.__code__
 
