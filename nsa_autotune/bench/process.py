@@ -21,7 +21,7 @@ from ..codegen.lifetime import has_ended, odd_state
 from ..errors import WorkerError
 
 TAIL_BYTES = 1500
-KILL_WAIT_S = 8.0
+KILL_WAIT_S = 20.0  # a driver takes seconds to end a kernel that hangs
 LAST_WORDS_S = 5.0
 SEND_S = 10.0
 MAX_MESSAGE_BYTES = 1 << 24

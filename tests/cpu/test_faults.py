@@ -201,6 +201,25 @@ def test_a_child_that_cannot_be_killed_is_told_and_not_waited_for(
     assert journal.path.read_bytes() == b"", "the hang is told as a result, so nothing is unfinished"
 
 
+def test_a_race_on_a_lost_device_leaves_the_killer_in_the_journal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nobody gets the results of such a race, so the next run must learn of it from the journal."""
+    with Journal("cpu", tmp_path) as journal:
+        worker = make_worker(standby=False, journal=journal)
+        assert worker.measure("fake_pool", SMALL, RIGHT).ok
+        group = worker.child_pid
+        assert group is not None
+        monkeypatch.setattr(process, "KILL_WAIT_S", 0.2)
+        monkeypatch.setattr(process.os, "killpg", lambda *_: None)
+        with pytest.raises(WorkerError, match="must end when it is killed"):
+            worker.race("fake_pool", SMALL, [RIGHT, {"fault": "late_hang"}], rounds=2)
+        monkeypatch.undo()
+        os.killpg(group, signal.SIGKILL)
+    with Journal("cpu", tmp_path) as journal:
+        assert [(s.config, s.stage) for s in journal.unfinished()] == [({"fault": "late_hang"}, "launch")]
+
+
 @contextmanager
 def no_file_can_grow() -> Iterator[None]:
     """Every write to a file fails, in this process and in those it starts, as on a full disk."""
