@@ -72,18 +72,22 @@ def test_it_depends_on_the_records_and_not_on_their_order() -> None:
     assert fit(SPEC, records).guess_of(record) == fit(SPEC, shuffled).guess_of(record)
 
 
-def test_differences_between_problems_are_no_ones_config_to_blame() -> None:
-    """One problem is ten times slower than the model says, all of it: that is no reason to prefer its configs."""
-    slow = [replace(record, median_us=10 * (record.median_us or 0.0), samples_us=()) for record in by_law(PROBLEMS[0])]
-    rest = [record for problem in PROBLEMS[1:] for record in by_law(problem)]
-    assert np.ptp(errors_of(fit(SPEC, slow + rest), by_law(NEW))) < 0.2
+def test_a_slow_problem_is_not_blamed_on_its_configs() -> None:
+    """One problem is ten times slower than the model says, and small tiles were measured there only."""
+    slow = [
+        replace(record, median_us=10 * (record.median_us or 0.0), samples_us=())
+        for record in by_law(PROBLEMS[0])
+        if int(record.config["BLOCK_N"]) <= 32
+    ]
+    rest = [r for problem in PROBLEMS[1:] for r in by_law(problem) if int(r.config["BLOCK_N"]) > 32]
+    assert len(slow) > 8 and np.ptp(errors_of(fit(SPEC, slow + rest), by_law(NEW))) < 0.5
 
 
 def test_chance_teaches_nothing_and_the_plain_model_stays() -> None:
-    """Times that are the model's, but for noise: any correction orders a problem left out worse."""
+    """Times that are the model's but for noise: no correction orders a problem left out any better."""
 
     def noisy(record: TrialRecord) -> TrialRecord:
-        chance = random.Random(f"{config_key(record.config)} {record.problem['seq_k']}").gauss(0, 0.002)
+        chance = random.Random(f"{config_key(record.config)} {record.problem['seq_k']}").gauss(0, 0.2)
         return replace(record, median_us=(record.median_us or 0.0) * math.exp(chance))
 
     correction = fit(SPEC, [noisy(record) for problem in PROBLEMS for record in by_law(problem, exponent=0.0)])
