@@ -60,12 +60,12 @@ class Plan:
 
     def __call__(self, arguments: Mapping[str, Any]) -> bool:
         """Launch and return True, or return False if something is unlike what was prepared."""
-        if len(arguments) != self._count or self._numbers(arguments) != self._expected:
-            return False
-        tensors = list(self._tensors(arguments))
         try:
+            if len(arguments) != self._count or self._numbers(arguments) != self._expected:
+                return False
+            tensors = list(self._tensors(arguments))
             addresses = list(map(_address, tensors))
-        except TypeError:  # None where the recording had a tensor
+        except (KeyError, TypeError):  # other names, or None where the recording had a tensor
             return False
         if (
             reduce(or_, addresses, 0) & ALIGNMENT_MASK

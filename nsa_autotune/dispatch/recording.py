@@ -76,18 +76,26 @@ class Recording(TorchDispatchMode):
         self.steps: list[Step] = []
         self.refusal = ""
         self._kept = list(tensors)  # while they live, their ids are theirs
+        self._count = len(tensors)
         self._places = {id(tensor): Place(number) for number, tensor in enumerate(tensors)}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         made = func(*args, **(kwargs or {}))
-        self._note(lambda: self._operator(func, args, kwargs or {}, made))
+        if func is torch.ops.aten.detach.default and id(args[0]) in self._places:
+            self._alias(args[0], made)  # PyTorch wraps what was just allocated
+        else:
+            self._note(lambda: self._operator(func, args, kwargs or {}, made))
         return made
 
     def launched(self, kernel: Any, compiled: Any, grid: Any, given: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         """Note a kernel that was just launched."""
         self._note(lambda: self._kernel(kernel, compiled, grid, given, named))
+
+    def _alias(self, tensor: Tensor, made: Tensor) -> None:
+        self._places[id(made)] = self._places[id(tensor)]
+        self._kept.append(made)
 
     def _note(self, step: Callable[[], Step]) -> None:
         if self.refusal:
@@ -105,8 +113,9 @@ class Recording(TorchDispatchMode):
         makes = id(made) not in self._places
         constants = self._constants(args), dict(zip(named, self._constants(named.values()), strict=True))
         if makes:
-            self._places[id(made)] = Place(len(self._kept))
+            self._places[id(made)] = Place(self._count)
             self._kept.append(made)
+            self._count += 1
         if func._schema.name in ALLOCATIONS and made.is_contiguous():
             return AllocationStep(tuple(made.shape), made.dtype, made.device)
         return OperatorStep(func, *constants, makes)
