@@ -97,7 +97,7 @@ def check_tensor_maps(driver: Any) -> None:
     given = arguments_of("win_attn_fwd")
     served(given)
     served(given)
-    maps = [x for x in str(driver.take()[1]).split("'map', ")[1:]]
+    _, *maps = str(driver.take()[1]).split("'map', ")
     assert [int(text.split(",")[0]) for text in maps] == [given["k"].data_ptr(), given["v"].data_ptr()], maps
 
 
@@ -330,9 +330,8 @@ def check_what_is_not_understood_is_launched_once_and_counted(driver: Any) -> No
     module = module_of("gate_sum_fwd")
     outside = torch.zeros(64 * 4 * 3, dtype=torch.float16)
     namespace = {"kernel": module.gate_sum_fwd_kernel, "outside": outside, "constants": {**module.CONSTANTS}}
-    source = (
-        "def launch(o, out):\n    kernel.run(o, o, o, outside, out, o.numel(), grid=(1,), warmup=False, **constants)"
-    )
+    call = "kernel.run(o, o, o, outside, out, o.numel(), grid=(1,), warmup=False, **constants)"
+    source = f"def launch(o, out):\n    {call}"
     exec(source, namespace)
     ordinary = Counter[str]()
     served = PreparedLaunch(namespace["launch"], trust, ordinary)

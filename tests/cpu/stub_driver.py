@@ -81,11 +81,11 @@ def stub_driver() -> Iterator[StubDriver]:
     """Within it, kernels are compiled for cuda:90 and launched on a stub."""
     stub, previous = StubDriver(), getattr(runtime.driver, "_active", None)
     changed = {
-        "PyKernelArg": lambda nested_tuple, type: (type, nested_tuple),
+        "PyKernelArg": lambda **given: tuple(given.values()),
         **{name: name for name in ("ARG_CONSTEXPR", "ARG_KERNEL", "ARG_TUPLE")},
         # Triton 3.6 builds a C file for every signature
         "compile_module_from_src": lambda **how: SimpleNamespace(launch=stub.launch),
-        "library_dirs": lambda: [],
+        "library_dirs": list,
     }
     kept = {name: getattr(nvidia, name) for name in changed if hasattr(nvidia, name)}
     for name in kept:
