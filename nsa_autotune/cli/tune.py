@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -116,7 +117,7 @@ def missed_work(path: Path, specs: Sequence[KernelSpec], choice: options.Problem
     """What a file of misses names, of the chosen families; raises InvalidInput for other problem options beside it."""
     from ..dispatch.misses import read_misses
 
-    if choice != options.ProblemChoice():
+    if replace(choice, nsa=choice.nsa or None) != options.ProblemChoice():
         raise InvalidInput(
             "--from-misses names its problems itself", {"file": str(path)}, "Leave out --preset, --seq ..."
         )

@@ -12,8 +12,6 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any, Protocol
 
-import torch
-
 from ..codegen.load import explain, load
 from ..codegen.render import Rendered, render, template_digest
 from ..config import NSAConfig
@@ -48,18 +46,12 @@ class Variant:
     launch: FunctionType
 
     def serve(self, trusted: Callable[[], None], ordinary: Counter[str]) -> Serve:
-        """What launches it for one shape; its errors name template lines."""
-        prepared, rendered = PreparedLaunch(self.launch, trusted, ordinary), self.rendered
+        """What launches it for one shape."""
+        return PreparedLaunch(self.launch, trusted, ordinary, self._explained)
 
-        def serve(tensors: Mapping[str, Any]) -> None:
-            try:
-                prepared(tensors)
-            except torch.OutOfMemoryError:
-                raise  # the caller's to mend: no other config would need less
-            except Exception as error:  # the compiler's own errors name generated lines; say which template lines
-                raise KernelError(f"{rendered.family} failed: {explain(error, rendered)}") from error
-
-        return serve
+    def _explained(self, error: Exception) -> KernelError:
+        """The compiler's own errors name generated lines; say which template lines."""
+        return KernelError(f"{self.rendered.family} failed: {explain(error, self.rendered)}")
 
 
 class Dispatcher:

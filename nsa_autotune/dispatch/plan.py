@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import triton_launch
 from .recording import AllocationStep, KernelStep, Mapped, OperatorStep, Place, Recording, record
-from .triton_launch import CannotPrepareError, TensorMap
+from .triton_launch import CannotPrepareError
 
 ALIGNMENT_MASK = 15  # Triton compiles loads for pointers that are multiples of 16 bytes
 MOST_PLANS = 8  # layouts and numbers of one shape
@@ -30,6 +30,7 @@ _dtype: Callable[[Tensor], torch.dtype] = Tensor.dtype.__get__  # type: ignore[a
 Tensors = list[Tensor]
 Pool = list[Any]  # the plan's constants, then the address of each tensor by its number
 Do = Callable[[Tensors, Pool, int], None]
+Plan = Callable[[Mapping[str, Any]], bool]
 
 
 def getter(keys: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:
@@ -39,46 +40,41 @@ def getter(keys: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:
     return lambda values: tuple(values[key] for key in keys)
 
 
-class Plan:
-    """Launches again with the caller's tensors, if they are like those it was recorded with. Immutable.
+def make_plan(recording: Recording, arguments: Mapping[str, Any], device: int, stream_of: Callable[[int], int]) -> Plan:
+    """What launches again with the caller's tensors and returns True, or False if they are unlike the recorded ones.
 
-    The sizes and devices of the tensors are those of the recording: who calls sees to that.
+    The sizes and devices of the tensors are those of the recording: who calls sees to that. A function, not an object,
+    since every attribute would be read in every call.
     """
+    names = [name for name, value in arguments.items() if isinstance(value, Tensor)]
+    given = [arguments[name] for name in names]
+    count, pick = len(arguments), getter(names)
+    numbers = getter([name for name in arguments if name not in names])
+    expected, flat, dtypes = numbers(arguments), list(map(_contiguous, given)), list(map(_dtype, given))
+    views = [(number, given[number].stride()) for number, is_flat in enumerate(flat) if not is_flat]
+    constants, steps = compile_steps(recording, len(given))
 
-    def __init__(self, recording: Recording, arguments: Mapping[str, Any], device: int, stream: Any) -> None:
-        names = [name for name, value in arguments.items() if isinstance(value, Tensor)]
-        others = [name for name in arguments if name not in names]
-        given = [arguments[name] for name in names]
-        self._count = len(arguments)
-        self._tensors, self._numbers = getter(names), getter(others)
-        self._expected = self._numbers(arguments)
-        self._contiguous, self._dtypes = list(map(_contiguous, given)), list(map(_dtype, given))
-        views = [number for number, flat in enumerate(self._contiguous) if not flat]
-        self._strides = [(number, given[number].stride()) for number in views]
-        self._device, self._stream = device, stream
-        self._constants, self._steps = compile_steps(recording, len(given))
-
-    def __call__(self, arguments: Mapping[str, Any]) -> bool:
-        """Launch and return True, or return False if something is unlike what was prepared."""
+    def plan(arguments: Mapping[str, Any]) -> bool:
         try:
-            if len(arguments) != self._count or self._numbers(arguments) != self._expected:
+            if len(arguments) != count or numbers(arguments) != expected:
                 return False
-            tensors = list(self._tensors(arguments))
+            tensors = list(pick(arguments))
             addresses = list(map(_address, tensors))
         except (KeyError, TypeError):  # other names, or None where the recording had a tensor
             return False
         if (
             reduce(or_, addresses, 0) & ALIGNMENT_MASK
-            or list(map(_contiguous, tensors)) != self._contiguous
-            or list(map(_dtype, tensors)) != self._dtypes
-            or any(tensors[number].stride() != strides for number, strides in self._strides)
+            or list(map(_contiguous, tensors)) != flat
+            or list(map(_dtype, tensors)) != dtypes
+            or (views and any(tensors[number].stride() != strides for number, strides in views))
         ):
             return False
-        pool = self._constants + addresses
-        stream = self._stream(self._device)
-        for step in self._steps:
+        pool, stream = constants + addresses, stream_of(device)
+        for step in steps:
             step(tensors, pool, stream)
         return True
+
+    return plan
 
 
 def compile_steps(recording: Recording, num_given: int) -> tuple[Pool, list[Do]]:
@@ -105,14 +101,15 @@ def compile_steps(recording: Recording, num_given: int) -> tuple[Pool, list[Do]]
 
 def kernel_call(step: KernelStep, first: int, num_constants: int, pool_size: int) -> Do:
     """Launch a kernel: its constants stand in the pool from `first` on, addresses behind all constants."""
-    maps: list[tuple[int, TensorMap]] = []
+    maps: list[tuple[int, Callable[[int], Any], Callable[[int], Any]]] = []  # address, known map, map
     where: list[int] = []
     for value in step.arguments:
         if isinstance(value, Place):
             where.append(num_constants + value.number)
         elif isinstance(value, Mapped):
             where.append(pool_size + len(maps))
-            maps.append((num_constants + value.place.number, value.tensor_map))
+            tensor_map = value.tensor_map
+            maps.append((num_constants + value.place.number, tensor_map.known.get, tensor_map.at))
         else:
             where.append(first)
             first += 1
@@ -123,12 +120,12 @@ def kernel_call(step: KernelStep, first: int, num_constants: int, pool_size: int
         raw(width, height, depth, stream, *middle, pick(pool))
 
     def launch_mapped(tensors: Tensors, pool: Pool, stream: int) -> None:
-        arguments = pick(pool + [tensor_map.at(pool[place]) for place, tensor_map in maps])
-        raw(width, height, depth, stream, *middle, arguments)
+        mapped = [known(pool[place]) or at(pool[place]) for place, known, at in maps]  # saves a call of Python's
+        raw(width, height, depth, stream, *middle, pick(pool + mapped))
 
     def launch_flat(tensors: Tensors, pool: Pool, stream: int) -> None:
-        arguments = pick(pool + [tensor_map.at(pool[place]) for place, tensor_map in maps])
-        raw(width, height, depth, stream, *middle, *arguments)
+        mapped = [known(pool[place]) or at(pool[place]) for place, known, at in maps]
+        raw(width, height, depth, stream, *middle, *pick(pool + mapped))
 
     if flat:
         return launch_flat
@@ -169,11 +166,17 @@ class PreparedLaunch:
     """Serves the calls of one shape: by a plan that fits, else by recording one, else by the ordinary launch.
 
     trusted: raises CannotPrepareError where prepared launches are not known to be right. ordinary: counts the launches
-    that went Triton's own way, by reason.
+    that went Triton's own way, by reason. explained: what is raised for an error of a launch.
     """
 
-    def __init__(self, launch: FunctionType, trusted: Callable[[], None], ordinary: Counter[str]) -> None:
-        self._launch, self._trusted, self._ordinary = launch, trusted, ordinary
+    def __init__(
+        self,
+        launch: FunctionType,
+        trusted: Callable[[], None],
+        ordinary: Counter[str],
+        explained: Callable[[Exception], Exception],
+    ) -> None:
+        self._launch, self._trusted, self._ordinary, self._explained = launch, trusted, ordinary, explained
         self._plans: list[Plan] = []
         compiled = triton_launch.kernels_among(launch.__globals__)
         self._refusal = "" if compiled else "kernels are interpreted"
@@ -181,11 +184,16 @@ class PreparedLaunch:
 
     def __call__(self, arguments: Mapping[str, Any]) -> None:
         """Launch with tensors of this shape."""
-        if not self._hooked():
-            for plan in self._plans:
-                if plan(arguments):
-                    return
-        self._without_plan(arguments)
+        try:
+            if not self._hooked():
+                for plan in self._plans:
+                    if plan(arguments):
+                        return
+            self._without_plan(arguments)
+        except torch.OutOfMemoryError:
+            raise  # the caller's to mend: no other config would need less
+        except Exception as error:
+            raise self._explained(error) from error
 
     def _without_plan(self, arguments: Mapping[str, Any]) -> None:
         try:
@@ -199,7 +207,7 @@ class PreparedLaunch:
             self._refusal = recording.refusal
             self._ordinary[recording.refusal] += 1
             return
-        self._plans.append(Plan(recording, arguments, *triton_launch.active_device()))
+        self._plans.append(make_plan(recording, arguments, *triton_launch.active_device()))
 
     def _check(self, arguments: Mapping[str, Any]) -> None:
         """Raise CannotPrepareError if this call must not be recorded."""

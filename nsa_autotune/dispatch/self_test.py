@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import triton_launch
-from .plan import Plan
+from .plan import make_plan
 from .recording import record
 from .triton_launch import CannotPrepareError
 
@@ -54,7 +54,7 @@ def _compare(device: torch.device) -> None:
     recording = record(probe.launch, arguments)
     if recording.refusal:
         raise CannotPrepareError(recording.refusal)
-    plan = Plan(recording, arguments, *triton_launch.active_device())
+    plan = make_plan(recording, arguments, *triton_launch.active_device())
     again = {**arguments, "x": second, "out": torch.zeros_like(second)}
     if not plan(again) or not torch.equal(again["out"], second * 3.0 + 1.0):
         raise CannotPrepareError("a prepared launch gave another result than Triton's own")

@@ -38,21 +38,20 @@ class TensorMap:
         self._encode = encode
         self._descriptor = copy.copy(descriptor)
         self._descriptor.base = None  # a plan keeps no tensor alive
-        self._known: dict[int, Any] = {}
+        self.known: dict[int, Any] = {}  # by address
 
     def at(self, address: int) -> Any:
         """The descriptor of a tensor that begins at `address`."""
-        found = self._known.get(address)
-        return self.encode(address)[0] if found is None else found
+        return self.known.get(address) or self.encode(address)[0]
 
     def encode(self, address: int) -> list[Any]:
         """The descriptor, then its sizes and strides: what stands in its place among the arguments."""
         descriptor = copy.copy(self._descriptor)
         descriptor.base = Address(address)
         arguments = list(self._encode(descriptor))
-        if len(self._known) >= MAPS_KEPT:
-            self._known.clear()
-        self._known[address] = arguments[0]
+        if len(self.known) >= MAPS_KEPT:
+            self.known.clear()
+        self.known[address] = arguments[0]
         return arguments
 
 

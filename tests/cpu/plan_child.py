@@ -35,6 +35,11 @@ def trust() -> None:
     """Prepared launches are taken to be right: nothing runs on the stub."""
 
 
+def same(error: Exception) -> Exception:
+    """Errors as they are."""
+    return error
+
+
 def arguments_of(family: str) -> dict[str, Any]:
     """Fresh tensors and numbers of one launch."""
     given = meta_arguments(get_spec(family), PROBLEM)
@@ -50,7 +55,7 @@ def module_of(family: str, **changes: Any) -> Any:
 def prepare(family: str, **changes: Any) -> tuple[Any, PreparedLaunch, Counter[str]]:
     """A variant's module, its prepared launch, and what that counts."""
     module, ordinary = module_of(family, **changes), Counter[str]()
-    return module, PreparedLaunch(module.launch, trust, ordinary), ordinary
+    return module, PreparedLaunch(module.launch, trust, ordinary, same), ordinary
 
 
 def plain(launches: Launches, given: dict[str, Any]) -> list[Any]:
@@ -305,7 +310,7 @@ def check_distrust_goes_tritons_way(driver: Any) -> None:
         raise CannotPrepareError("not here")
 
     module, ordinary = module_of("gate_sum_fwd"), Counter[str]()
-    served = PreparedLaunch(module.launch, refuse, ordinary)
+    served = PreparedLaunch(module.launch, refuse, ordinary, same)
     for _ in range(3):
         served(arguments_of("gate_sum_fwd"))
     assert ordinary == {"not here": 3} and not served._plans and len(driver.take()) == 3
@@ -334,7 +339,7 @@ def check_what_is_not_understood_is_launched_once_and_counted(driver: Any) -> No
     source = f"def launch(o, out):\n    {call}"
     exec(source, namespace)
     ordinary = Counter[str]()
-    served = PreparedLaunch(namespace["launch"], trust, ordinary)
+    served = PreparedLaunch(namespace["launch"], trust, ordinary, same)
     given = {"o": torch.zeros(64, 4, 32, dtype=torch.float16), "out": torch.zeros(64, 4, 32, dtype=torch.float16)}
     for _ in range(2):
         served(given)

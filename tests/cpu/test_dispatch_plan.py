@@ -97,4 +97,4 @@ def test_a_tensor_map_is_encoded_once_an_address() -> None:
     assert encoded == [16, 32]
     for address in range(0, 16 * 200, 16):
         one.at(address)
-    assert len(one._known) <= 64  # of 128 bytes each
+    assert len(one.known) <= 64  # of 128 bytes each
