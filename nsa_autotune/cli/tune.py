@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -38,6 +39,9 @@ def tune(
     phi_hidden: options.PhiHiddenOption = None,
     layout: options.LayoutOption = None,
     nsa: options.NsaOption = None,
+    from_misses: Annotated[
+        Path | None, typer.Option("--from-misses", help="Tune what a program missed: a file of export_misses().")
+    ] = None,
     families: Annotated[
         list[str] | None, typer.Option("--families", help="Kernels to tune; all of them if none.")
     ] = None,
@@ -89,7 +93,10 @@ def tune(
         rule = "--all compiles every config for a --target, and takes no budget"
         raise InvalidInput(rule, {"--target": targets}, "To measure many configs use --budget full.")
     specs = options.choose_specs(options.split(families, "--families"))
-    work = plan_work(specs, choice.problems(NO_GPU_PRESET if targets else GPU_PRESET))
+    if from_misses is None:
+        work = plan_work(specs, choice.problems(NO_GPU_PRESET if targets else GPU_PRESET))
+    else:
+        work = missed_work(from_misses, specs, choice)
     parts = len(work) * max(1, len(targets))
     total = choose_budget(budget, EVERYTHING if everything else trials, minutes, parts, predicting=bool(targets))
     how = get_policy(policy).name
@@ -120,6 +127,22 @@ def plan_work(specs: Sequence[KernelSpec], problems: Iterable[Problem]) -> list[
                 spec.check_problem(part)
                 work.setdefault((spec.family, spec.problem_key(part, bucket=False)), (spec, part))
     return list(work.values())
+
+
+def missed_work(path: Path, specs: Sequence[KernelSpec], choice: options.ProblemChoice) -> list[Work]:
+    """What a file of misses names, of the chosen families; raises InvalidInput for other problem options beside it."""
+    from ..dispatch.misses import read_misses
+
+    if replace(choice, nsa=choice.nsa or None) != options.ProblemChoice():
+        raise InvalidInput(
+            "--from-misses names its problems itself", {"file": str(path)}, "Leave out --preset, --seq ..."
+        )
+    chosen = {spec.family for spec in specs}
+    missed = [(spec, problem) for spec, problem in read_misses(path) if spec.family in chosen]
+    if not missed:
+        values = {"file": str(path), "families": ", ".join(sorted(chosen))}
+        raise InvalidInput("--from-misses needs a file that names a problem", values, "Nothing was missed, it seems.")
+    return list({(spec.family, spec.problem_key(problem)): (spec, problem) for spec, problem in missed}.values())
 
 
 def choose_budget(

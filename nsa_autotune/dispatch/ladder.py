@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
-from ..spec import Config, KernelSpec, Problem, canonical_json
+from ..spec import DEFAULT_POLICY, Config, KernelSpec, Problem, canonical_json
 from .fingerprint import Fingerprint
 
 
@@ -17,7 +17,7 @@ class Step(StrEnum):
     """How well the served config fits the problem."""
 
     EXACT = "exact winner"
-    OTHER_TOOLCHAIN = "winner of this problem on this GPU, measured with other versions"
+    OTHER_TOOLCHAIN = "winner of this problem on this GPU, measured with other versions or under another policy"
     NEAREST = "winner of the nearest problem on this GPU"
     ARCHITECTURE = "winner on another GPU of this architecture"
     PREDICTED = "best prediction for this architecture, where nothing was measured"
@@ -37,6 +37,8 @@ class Winner(Protocol):
     def config(self) -> Config: ...
     @property
     def template_digest(self) -> str: ...
+    @property
+    def policy(self) -> str: ...
 
 
 class Predicted(Winner, Protocol):
@@ -84,23 +86,28 @@ def distance(spec: KernelSpec, problem: Problem, key: str) -> float:
 
 
 def choose(
-    spec: KernelSpec, problem: Problem, winners: Iterable[Winner], here: Fingerprint, template_digest: str
+    spec: KernelSpec,
+    problem: Problem,
+    winners: Iterable[Winner],
+    here: Fingerprint,
+    template_digest: str,
+    policy: str = DEFAULT_POLICY,
 ) -> Choice:
-    """The best known config that is legal for the problem."""
+    """The best known config that is legal for the problem; of equals, the one measured under `policy`."""
     key = spec.problem_key(problem)
-    ranked: list[tuple[int, float, str, Choice]] = []
+    ranked: list[tuple[int, float, bool, str, Choice]] = []
     order = list(Step)
     for winner in winners:
         if winner.template_digest != template_digest or spec.broken_constraint(problem, winner.config) is not None:
             continue
         gap = distance(spec, problem, winner.problem_key)
-        step = _step(winner, key, gap, here)
+        step = _step(winner, key, gap, here, policy)
         if step is not None:
             choice = Choice(dict(winner.config), step, winner.problem_key)
-            ranked.append((order.index(step), gap, winner.problem_key, choice))
+            ranked.append((order.index(step), gap, winner.policy != policy, winner.problem_key, choice))
     if not ranked:
         return Choice(spec.default_config(problem), Step.DEFAULT)
-    return min(ranked, key=lambda item: item[:3])[3]
+    return min(ranked, key=lambda item: item[:4])[4]
 
 
 def choose_predicted(
@@ -127,13 +134,14 @@ def choose_predicted(
     return Choice(dict(newest[key, config].config), Step.PREDICTED, key)
 
 
-def _step(winner: Winner, key: str, gap: float, here: Fingerprint) -> Step | None:
+def _step(winner: Winner, key: str, gap: float, here: Fingerprint, policy: str) -> Step | None:
     if math.isinf(gap):
         return None
     if winner.fingerprint.get("gpu") == here.gpu:
         if winner.problem_key != key:
             return Step.NEAREST
-        return Step.EXACT if dict(winner.fingerprint) == here.to_dict() else Step.OTHER_TOOLCHAIN
+        exact = dict(winner.fingerprint) == here.to_dict() and winner.policy == policy
+        return Step.EXACT if exact else Step.OTHER_TOOLCHAIN
     if not _is_prediction(winner) and winner.fingerprint.get("capability") == here.capability:
         return Step.ARCHITECTURE
     return None
