@@ -10,6 +10,7 @@ import typer
 
 from ..spec import KernelSpec, Problem
 from . import options
+from . import sweep as grid
 from .tune_run import Run, Work, execute
 
 if TYPE_CHECKING:
@@ -26,14 +27,17 @@ def tune(
     seq_q: options.SeqQOption = None,
     dtype: options.DtypeOption = None,
     locality: options.LocalityOption = None,
-    batch: options.BatchOption = None,
-    heads: options.HeadsOption = None,
-    kv_heads: options.KvHeadsOption = None,
+    batch: options.BatchesOption = None,
+    heads: options.ManyHeadsOption = None,
+    kv_heads: options.ManyKvHeadsOption = None,
     d_qk: options.DqkOption = None,
     d_v: options.DvOption = None,
     phi_hidden: options.PhiHiddenOption = None,
     layout: options.LayoutOption = None,
     nsa: options.NsaOption = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Skip illegal combinations, tune a bucket once, neighbours together.")
+    ] = False,
     families: Annotated[
         list[str] | None, typer.Option("--families", help="Kernels to tune; all of them if none.")
     ] = None,
@@ -61,9 +65,6 @@ def tune(
         seq=seq,
         dtypes=tuple(options.split(dtype, "--dtype")),
         localities=tuple(options.split(locality, "--locality")),
-        batch=batch,
-        heads=heads,
-        kv_heads=kv_heads,
         d_qk=d_qk,
         d_v=d_v,
         layout=layout,
@@ -74,7 +75,12 @@ def tune(
     options.check_device(device)
     goal = choose_target(target)
     specs = options.choose_specs(options.split(families, "--families"))
-    work = plan_work(specs, choice.problems(NO_GPU_PRESET if goal else GPU_PRESET))
+    usual = NO_GPU_PRESET if goal else GPU_PRESET
+    choices = grid.shapes(choice, batch, heads, kv_heads)
+    if sweep:
+        work = [(step.spec, step.problem) for step in grid.plan(specs, choices, usual).steps]
+    else:
+        work = plan_work(specs, (problem for one in choices for problem in one.problems(usual)))
     total = choose_budget(budget, trials, minutes, len(work), predicting=goal is not None)
     run = Run(tuple(work), total, db, device, goal, retune, jobs or os.cpu_count() or 1, check)
     raise typer.Exit(execute(run))
