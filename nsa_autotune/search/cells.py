@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import NamedTuple
 
 from ..db.records import TrialRecord, WinnerRecord
 from ..spec import Config, KernelSpec, Problem
@@ -94,13 +95,14 @@ def build_table(
         if _belongs(trial, spec, template_digest, policy) and _is_timing(trial) and trial.fingerprint == fingerprint:
             by_problem[_exact_key(spec, trial)].append(trial)
     chosen: dict[str, WinnerRecord] = {}
-    for winner in sorted(winners, key=lambda w: (w.fingerprint != fingerprint, _reversed_time(w.created))):
+    for winner in sorted(winners, key=lambda w: (w.fingerprint != fingerprint, -_seconds(w.created))):
         if _belongs(winner, spec, template_digest, policy) and winner.fingerprint["gpu"] == fingerprint["gpu"]:
             chosen.setdefault(winner.problem_key, winner)
     rows = []
     for _, winner in sorted(chosen.items()):
         cells = _cells(winner, by_problem[_exact_key(spec, winner)], here=winner.fingerprint == fingerprint)
-        if unmeasured or config_key(winner.config) in cells:
+        usable = config_key(winner.config) in cells and any(math.isfinite(cell.loss) for cell in cells.values())
+        if unmeasured or usable:
             rows.append(Row(Problem.from_dict(winner.problem), winner, cells))
     rows.sort(key=lambda row: (row.problem.seq_k, row.winner.problem_key))
     return Table(spec, fingerprint, template_digest, policy, tuple(rows))
@@ -134,8 +136,16 @@ def _exact_key(spec: KernelSpec, record: TrialRecord | WinnerRecord) -> str:
     return spec.problem_key(Problem.from_dict(record.problem), bucket=False)
 
 
-def _reversed_time(created: str) -> float:
-    return -datetime.fromisoformat(created).timestamp()
+def _seconds(created: str) -> float:
+    return datetime.fromisoformat(created).timestamp()
+
+
+class _Anchor(NamedTuple):
+    """One time of the winner's config, with which others of that hour are compared."""
+
+    when: float  # seconds
+    raced: bool
+    median_us: float
 
 
 def _cells(winner: WinnerRecord, trials: Sequence[TrialRecord], *, here: bool) -> dict[str, Cell]:
@@ -143,36 +153,46 @@ def _cells(winner: WinnerRecord, trials: Sequence[TrialRecord], *, here: bool) -
     groups: dict[str, list[TrialRecord]] = defaultdict(list)
     for trial in trials:
         groups[config_key(trial.config)].append(trial)
-    own = config_key(winner.config)
-    anchors = [trial for trial in groups.get(own, ()) if trial.status == "ok" and trial.median_us]
+    own = groups.get(config_key(winner.config), ())
+    anchors = [_Anchor(_seconds(t.created), t.stage in RACES, t.median_us) for t in own if _is_time(t) and t.median_us]
+    if here:
+        anchors.append(_Anchor(_seconds(winner.created), True, winner.median_us))
     ratios: dict[str, tuple[float, Cell]] = {}
     for key, group in groups.items():
-        found = _ratio(_decisive(group), anchors, winner.median_us if here else None)
+        found = _ratio(_decisive(group), anchors)
         if found is not None:
             ratios[key] = found
     if here:
         ratios.update(_own_numbers(winner, ratios.keys()))
-    best = min((ratio for ratio, cell in ratios.values() if cell.raced), default=1.0)
-    return {key: _with_loss(cell, ratio / min(best, 1.0)) for key, (ratio, cell) in ratios.items()}
+    best = _yardstick(ratios.values())
+    return {key: _with_loss(cell, ratio / best) for key, (ratio, cell) in ratios.items()}
+
+
+def _yardstick(ratios: Collection[tuple[float, Cell]]) -> float:
+    """The smallest ratio of a race; of a search only where no race succeeded, for a search picks lucky times."""
+    raced = [ratio for ratio, cell in ratios if cell.raced and math.isfinite(ratio)]
+    return min(raced or [ratio for ratio, _ in ratios if math.isfinite(ratio)], default=1.0)
+
+
+def _is_time(trial: TrialRecord) -> bool:
+    return trial.status == "ok" and bool(trial.median_us)
 
 
 def _decisive(group: Sequence[TrialRecord]) -> TrialRecord:
     """The newest race, else the newest trial."""
-    return max(group, key=lambda trial: (trial.stage in RACES, datetime.fromisoformat(trial.created)))
+    return max(group, key=lambda trial: (trial.stage in RACES, _seconds(trial.created)))
 
 
-def _ratio(trial: TrialRecord, anchors: Sequence[TrialRecord], winner_us: float | None) -> tuple[float, Cell] | None:
-    """Time over the winner's, where that was taken by the same stage and as close in time as there is."""
+def _ratio(trial: TrialRecord, anchors: Sequence[_Anchor]) -> tuple[float, Cell] | None:
+    """Time over the winner's: taken by the same kind of stage if there is one, and as close in time as there is."""
     raced = trial.stage in RACES
-    if trial.status != "ok" or not trial.median_us:
+    if not _is_time(trial) or trial.median_us is None:
         return math.inf, Cell(trial.config, math.inf, None, raced, trial)
-    same = [anchor for anchor in anchors if (anchor.stage in RACES) == raced]
-    when = datetime.fromisoformat(trial.created)
-    near = min(same, key=lambda a: abs(datetime.fromisoformat(a.created) - when), default=None)
-    reference_us = near.median_us if near is not None else winner_us
-    if not reference_us:
+    when = _seconds(trial.created)
+    near = min(anchors, key=lambda anchor: (anchor.raced != raced, abs(anchor.when - when)), default=None)
+    if near is None:
         return None
-    return trial.median_us / reference_us, Cell(trial.config, 0.0, trial.median_us, raced, trial)
+    return trial.median_us / near.median_us, Cell(trial.config, 0.0, trial.median_us, raced, trial)
 
 
 def _own_numbers(winner: WinnerRecord, known: Iterable[str]) -> dict[str, tuple[float, Cell]]:

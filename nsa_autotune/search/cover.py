@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from .cells import Row, Table, mean_loss, missing_cells
 from .space import config_key
 
 NODE_LIMIT = 100_000  # of the exact search; beyond it the best cover so far is kept and said to be one
+LOSS_STEP = 0.01  # losses closer than that are not told apart
 UNKNOWN_REGISTERS = 256  # more than a thread can have: what is known goes first
 
 Rank = tuple[float, ...]  # of a config among those that cover alike; smaller is better
@@ -63,11 +65,14 @@ def choose_cover(table: Table, bound: float) -> Cover:
     keys = sorted(configs)
     ranks = [_rank(table, configs[key], rows_of[key]) for key in keys]
     chosen, exact = solve_cover([frozenset(rows_of[key]) for key in keys], ranks, NODE_LIMIT)
-    served = tuple(_serve(row, [keys[i] for i in chosen]) for row in table.rows)
-    count = {key: sum(config_key(s.config) == key for s in served) for key in keys}
-    used = sorted((keys[i] for i in chosen if count[keys[i]]), key=lambda key: (-count[key], key))
-    unknown = len(missing_cells(table))
-    return Cover(table, bound, tuple(configs[key] for key in used), served, exact, unknown)
+    found = [keys[index] for index in chosen]
+    todays = [config_key(config) for config in table.winner_configs]
+    if len(found) == len(todays) and all(row.cells[row.own_key].loss <= bound for row in table.rows):
+        found = todays  # as many configs as now would save nothing for what they lose
+    served = tuple(_serve(row, found) for row in table.rows)
+    count = Counter(config_key(one.config) for one in served)
+    order = sorted(found, key=lambda key: (-count[key], key))
+    return Cover(table, bound, tuple(configs[key] for key in order), served, exact, len(missing_cells(table)))
 
 
 def _serve(row: Row, keys: Sequence[str]) -> Served:
@@ -77,12 +82,13 @@ def _serve(row: Row, keys: Sequence[str]) -> Served:
 
 
 def _rank(table: Table, config: Config, rows: set[int]) -> Rank:
-    """Registers of a thread, then parameters that differ from the default, on average of the problems."""
+    """Mean loss as far as it is told from noise, registers of a thread, parameters that differ from the default."""
     key = config_key(config)
     registers = [_registers(table.rows[index], key) for index in rows]
     defaults = [table.spec.default_config(table.rows[index].problem) for index in rows]
     steps = sum(config.get(name) != value for default in defaults for name, value in default.items())
-    return float(min(registers)), steps / len(rows)
+    loss = mean_loss([table.rows[index].cells[key].loss for index in rows])
+    return float(loss // LOSS_STEP), float(min(registers)), steps / len(rows)
 
 
 def _registers(row: Row, key: str) -> int:

@@ -9,7 +9,7 @@ from typing import Protocol
 from ..bench.result import TrialResult
 from ..codegen.render import template_digest
 from ..db.checks import RACED
-from ..db.records import TrialRecord, WinnerRecord, utc_now
+from ..db.records import TrialRecord, WinnerRecord
 from ..db.store import TuningStore
 from ..spec import DEFAULT_POLICY, Config, KernelSpec, Problem, canonical_json
 from .cells import RACES, Cell, Missing, Row, Table, build_table
@@ -131,7 +131,7 @@ def covering_winner(row: Row, cell: Cell) -> WinnerRecord | None:
         verdict=RACED if cell.raced else "provisional",
         rivals=(),
         resources=trial.resources,
-        created=utc_now(),
+        created=trial.created,
         tool_version=trial.tool_version,
         source="local",
     )
