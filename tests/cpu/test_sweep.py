@@ -11,17 +11,20 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from cpu.search_fakes import PROBLEM, SPEC, make_spec
+from cpu.search_fakes import FINGERPRINT, PROBLEM, SPEC, FakeMeasurer, digest_of, make_landscape, make_spec, trials
 
 import nsa_autotune
 from nsa_autotune.cli import tune as tune_command
 from nsa_autotune.cli import tune_run
 from nsa_autotune.cli.app import main
+from nsa_autotune.db.store import TuningStore
 from nsa_autotune.errors import InvalidInput, InvalidProblem
 from nsa_autotune.kernels import all_specs, get_spec
 from nsa_autotune.search.presets import parse_seq_lens
+from nsa_autotune.search.space import config_key
 from nsa_autotune.search.sweep import largest_of_buckets, minutes_of_next, ordered, parse_counts, plan_sweep
 from nsa_autotune.search.task import problem_distance
+from nsa_autotune.search.tuner import tune_problem
 from nsa_autotune.spec import Problem
 
 
@@ -107,6 +110,27 @@ def test_minutes_go_by_worth() -> None:
     assert plan_sweep([SPEC], [at(512), at(1024)]).worths == (1.0, 1.0)
     with pytest.raises(InvalidInput, match="worth must be a positive number"):
         plan_sweep([SPEC], [at(512)], worth=lambda spec, problem: 0.0)
+
+
+def test_each_problem_starts_from_the_winners_before() -> None:
+    plan = plan_sweep([SPEC], [at(2048), at(512), at(1024)])
+    landscape = make_landscape(4)
+    with TuningStore("sqlite://", import_shipped=False) as store:
+        before: list[str] = []
+        for step in plan.steps:
+            measurer = FakeMeasurer(landscape)
+            winner = tune_problem(
+                SPEC,
+                step.problem,
+                measurer=measurer,
+                store=store,
+                fingerprint=FINGERPRINT,
+                budget=trials(40 if not before else 6),
+                digest_of=digest_of,
+            )
+            assert winner is not None
+            assert set(before) <= set(measurer.measured[:4])
+            before.append(config_key(winner.config))
 
 
 def test_families_follow_each_other_whole() -> None:
