@@ -14,6 +14,7 @@ from ..bench.policy import get_policy
 from ..errors import InvalidInput
 from ..spec import DEFAULT_POLICY, KernelSpec, Problem
 from . import options
+from . import sweep as grid
 from .tune_run import Run, Work, execute
 
 if TYPE_CHECKING:
@@ -31,9 +32,9 @@ def tune(
     seq_q: options.SeqQOption = None,
     dtype: options.DtypeOption = None,
     locality: options.LocalityOption = None,
-    batch: options.BatchOption = None,
-    heads: options.HeadsOption = None,
-    kv_heads: options.KvHeadsOption = None,
+    batch: options.BatchesOption = None,
+    heads: options.ManyHeadsOption = None,
+    kv_heads: options.ManyKvHeadsOption = None,
     d_qk: options.DqkOption = None,
     d_v: options.DvOption = None,
     phi_hidden: options.PhiHiddenOption = None,
@@ -42,6 +43,9 @@ def tune(
     from_misses: Annotated[
         Path | None, typer.Option("--from-misses", help="Tune what a program missed: a file of export_misses().")
     ] = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Skip illegal combinations, tune a bucket once, neighbours together.")
+    ] = False,
     families: Annotated[
         list[str] | None, typer.Option("--families", help="Kernels to tune; all of them if none.")
     ] = None,
@@ -77,9 +81,6 @@ def tune(
         seq=seq,
         dtypes=tuple(options.split(dtype, "--dtype")),
         localities=tuple(options.split(locality, "--locality")),
-        batch=batch,
-        heads=heads,
-        kv_heads=kv_heads,
         d_qk=d_qk,
         d_v=d_v,
         layout=layout,
@@ -93,10 +94,14 @@ def tune(
         rule = "--all compiles every config for a --target, and takes no budget"
         raise InvalidInput(rule, {"--target": targets}, "To measure many configs use --budget full.")
     specs = options.choose_specs(options.split(families, "--families"))
-    if from_misses is None:
-        work = plan_work(specs, choice.problems(NO_GPU_PRESET if targets else GPU_PRESET))
+    usual = NO_GPU_PRESET if targets else GPU_PRESET
+    choices = grid.shapes(choice, batch, heads, kv_heads)
+    if from_misses is not None:
+        work = missed_work(from_misses, specs, choices, sweep=sweep)
+    elif sweep:
+        work = [(step.spec, step.problem) for step in grid.plan(specs, choices, usual).steps]
     else:
-        work = missed_work(from_misses, specs, choice)
+        work = plan_work(specs, (problem for one in choices for problem in one.problems(usual)))
     parts = len(work) * max(1, len(targets))
     total = choose_budget(budget, EVERYTHING if everything else trials, minutes, parts, predicting=bool(targets))
     how = get_policy(policy).name
@@ -129,11 +134,13 @@ def plan_work(specs: Sequence[KernelSpec], problems: Iterable[Problem]) -> list[
     return list(work.values())
 
 
-def missed_work(path: Path, specs: Sequence[KernelSpec], choice: options.ProblemChoice) -> list[Work]:
+def missed_work(
+    path: Path, specs: Sequence[KernelSpec], choices: Sequence[options.ProblemChoice], *, sweep: bool
+) -> list[Work]:
     """What a file of misses names, of the chosen families; raises InvalidInput for other problem options beside it."""
     from ..dispatch.misses import read_misses
 
-    if replace(choice, nsa=choice.nsa or None) != options.ProblemChoice():
+    if sweep or [replace(choice, nsa=choice.nsa or None) for choice in choices] != [options.ProblemChoice()]:
         raise InvalidInput(
             "--from-misses names its problems itself", {"file": str(path)}, "Leave out --preset, --seq ..."
         )
