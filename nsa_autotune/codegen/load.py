@@ -50,7 +50,7 @@ def write_source(rendered: Rendered, folder: Path | None = None) -> Path:
         write_atomic(path, rendered.source)
     except OSError as error:
         values = {"folder": str(path.parent), "message": str(error)}
-        remedy = "Free some space, or set NSA_AUTOTUNE_CACHE_DIR to a folder you may write."
+        remedy = "Set NSA_AUTOTUNE_CACHE_DIR to a folder you may write, or free some space."
         raise KernelError("generated kernels need a writable folder", values, remedy) from error
     return path
 
