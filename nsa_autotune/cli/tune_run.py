@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..db.records import WinnerRecord
     from ..db.store import TuningStore
     from ..search.budget import Budget, Meter
+    from ..search.progress import Effort
     from ..search.ranking import Prediction
     from .progress import TuneDisplay
 
@@ -256,11 +257,23 @@ def print_winners(display: TuneDisplay) -> bool:
     less = ("library", "library us", "default us", "verdict")
     numbers = ("winner us", "default us", "gain", "library us")
     output().print(make_table("winners, medians of the final race", columns, rows, numbers, less))
+    from ..search.progress import Effort
+
+    effort = sum((outcome.effort for outcome in display.outcomes), Effort())
+    if effort.trials:
+        errors().print(effort_text(effort), markup=False, soft_wrap=True)
     failed = [outcome for outcome in display.outcomes if outcome.kind == "failed"]
     if failed:
         text = f"{len(failed)} problems have no winner: nsa-autotune db query --table trials --family FAMILY"
         errors().print(text, style="red", markup=False, soft_wrap=True)
     return not failed
+
+
+def effort_text(effort: Effort) -> str:
+    """Trials a second, and the share of the time in which the GPU had nothing to measure."""
+    rate, share = effort.trials / max(effort.seconds, 1e-9), effort.waited_seconds / max(effort.seconds, 1e-9)
+    spent = f"{effort.trials} trials in {effort.seconds:.0f} s, {rate:.1f} a second"
+    return f"{spent}; {share:.0%} of it waiting for compilers"
 
 
 def verdict_text(winner: WinnerRecord) -> str:

@@ -39,6 +39,22 @@ class TrialEvent:
 
 
 @dataclass(frozen=True)
+class Effort:
+    """What a search took: seconds in all, and of these the seconds in which the GPU waited for a compiler."""
+
+    trials: int = 0  # of this run
+    seconds: float = 0.0
+    waited_seconds: float = 0.0
+
+    def __add__(self, other: Effort) -> Effort:
+        return Effort(
+            self.trials + other.trials,
+            self.seconds + other.seconds,
+            self.waited_seconds + other.waited_seconds,
+        )
+
+
+@dataclass(frozen=True)
 class Outcome:
     """How one problem ended: `known` had a winner, `failed` has none, `interrupted` resumes with the same call."""
 
@@ -48,6 +64,7 @@ class Outcome:
     winner: WinnerRecord | None = None
     statuses: tuple[tuple[str, int], ...] = ()  # status, trials; most frequent first
     reasons: tuple[tuple[str, int], ...] = ()  # first line of the reason of failures, trials; most frequent first
+    effort: Effort = Effort()
 
 
 class Progress(Protocol):

@@ -16,7 +16,17 @@ from ..spec import Config, KernelSpec, Problem
 from .ahead import Prepared, Preparer, Unprepared
 from .budget import Budget, Meter
 from .certify import Raced, judge
-from .progress import NullProgress, Outcome, OutcomeKind, Plan, Progress, TrialEvent, count_reasons, count_statuses
+from .progress import (
+    Effort,
+    NullProgress,
+    Outcome,
+    OutcomeKind,
+    Plan,
+    Progress,
+    TrialEvent,
+    count_reasons,
+    count_statuses,
+)
 from .quarantine import quarantined
 from .space import config_key
 from .study import ConfigSearch
@@ -137,6 +147,7 @@ class _Tuning:
         self.search.exclude(banned)
         self.codes: dict[str, TrialRecord] = {}  # machine code -> the trial that measured it
         self.under_way = 0
+        self.started_s, self.waited_s = time.perf_counter(), 0.0
         for record in self.records:
             self.search.remember(record.config, record.median_us, twin=record.status == "same_code")
         left = None if budget.max_trials is None else max(0, budget.max_trials - self.meter.trials)
@@ -154,7 +165,7 @@ class _Tuning:
         """Measure proposals until the budget or the space is exhausted."""
         try:
             while self._top_up():
-                for prepared in self.preparer.take():
+                for prepared in self._take():
                     self.under_way -= 1
                     if self.meter.exhausted and self.search.ranked():
                         return  # compiling may take all the time there was: what works is then worth one measurement
@@ -173,6 +184,12 @@ class _Tuning:
         proposals = [self.search.propose(polish=polish) for _ in range(count)]
         self._submit([config for config in proposals if config is not None])
         return self.under_way > 0
+
+    def _take(self) -> list[Prepared]:
+        started_s = time.perf_counter()
+        found = self.preparer.take()
+        self.waited_s += time.perf_counter() - started_s
+        return found
 
     def _submit(self, configs: list[Config]) -> None:
         if configs:
@@ -235,7 +252,8 @@ class _Tuning:
         """Tell how it ended."""
         spec, problem, records = self.task.spec, self.task.problem, self.records
         statuses, reasons = count_statuses(records), count_reasons(records)
-        self.progress.finish(Outcome(kind, spec, problem, winner, statuses, reasons))
+        effort = Effort(self.num_done, time.perf_counter() - self.started_s, self.waited_s)
+        self.progress.finish(Outcome(kind, spec, problem, winner, statuses, reasons, effort))
 
 
 def _twin_result(twin: TrialRecord) -> TrialResult:

@@ -1,0 +1,206 @@
+"""Claim: a problem that is tuned again gets the same winner, or one that was tied with it; the GPU seldom waits.
+
+Tunes one problem of each family --retunes times, each time from another seed into an empty database, and writes
+`results/<date>-<gpu>-tuner.md` and `.json`: how often the winner was the first run's or a member of its tie set, how
+far apart the winners' times are, what a run took, and how long the GPU waited for compilers meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from forward import RESULTS, gpu_slug, without_places, write_page
+
+from nsa_autotune.bench.worker import MeasureWorker
+from nsa_autotune.cli.console import errors
+from nsa_autotune.cli.options import ProblemChoice, choose_specs, split
+from nsa_autotune.db.records import utc_now
+from nsa_autotune.db.store import TuningStore
+from nsa_autotune.dispatch.fingerprint import current
+from nsa_autotune.errors import NSAError
+from nsa_autotune.search.ahead import compile_ahead
+from nsa_autotune.search.budget import Budget, parse_budget
+from nsa_autotune.search.presets import tuning_problems
+from nsa_autotune.search.progress import Effort, NullProgress, Outcome
+from nsa_autotune.search.space import config_key
+from nsa_autotune.search.tuner import tune_problem
+from nsa_autotune.spec import Config, KernelSpec, Problem
+
+BAR = 0.95  # of the runs that must agree
+COLUMNS = (
+    "family",
+    "problem",
+    "runs",
+    "agree",
+    "winners",
+    "median us",
+    "worst / best",
+    "s a run",
+    "trials/s",
+    "waited",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One tuning: what won, what was tied with it, its time, and what it took."""
+
+    config: Config
+    tied: tuple[Config, ...]
+    median_us: float
+    effort: Effort
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """All tunings of one problem, the first one aside the ones that are judged by it."""
+
+    family: str
+    problem: dict[str, Any]
+    runs: tuple[Run, ...]
+
+    @property
+    def agreeing(self) -> int:
+        """Runs whose winner is the first run's, or was tied with it."""
+        first = self.runs[0]
+        accepted = {config_key(config) for config in (first.config, *first.tied)}
+        return sum(config_key(run.config) in accepted for run in self.runs)
+
+    @property
+    def agrees(self) -> bool:
+        """True if at least 95 % of the runs agree: 19 of 20."""
+        return self.agreeing >= math.ceil(BAR * len(self.runs) - 1e-9)
+
+
+def repeat(tune: Callable[[int], Run | None], runs: int, family: str, problem: Problem) -> Repeated:
+    """Tune from seeds 0, 1, ...; a run without a winner ends it."""
+    found: list[Run] = []
+    for seed in range(runs):
+        run = tune(seed)
+        if run is None:
+            raise NSAError(f"{family}: no config works", {"seed": seed}, "See `nsa-autotune tune`.")
+        found.append(run)
+    return Repeated(family, problem.to_dict(), tuple(found))
+
+
+class _Last(NullProgress):
+    """Keeps how a tuning ended."""
+
+    outcome: Outcome | None = None
+
+    def finish(self, outcome: Outcome) -> None:
+        """Keep it."""
+        self.outcome = outcome
+
+
+def tune_once(spec: KernelSpec, problem: Problem, seed: int, budget: Budget, **how: Any) -> Run | None:
+    """One tuning into an empty database; `how` is the measurer, the preparer and the fingerprint."""
+    last = _Last()
+    with TuningStore("sqlite://", import_shipped=False) as store:
+        winner = tune_problem(spec, problem, store=store, budget=budget, seed=seed, progress=last, **how)
+    if winner is None or last.outcome is None:
+        return None
+    return Run(winner.config, tuple(winner.tied), winner.median_us, last.outcome.effort)
+
+
+def row(repeated: Repeated) -> tuple[str, ...]:
+    """One line of the table."""
+    times = [run.median_us for run in repeated.runs]
+    effort = sum((run.effort for run in repeated.runs), Effort())
+    problem = Problem.from_dict(repeated.problem)
+    return (
+        repeated.family,
+        f"T {problem.seq_k}, HQ {problem.num_q_heads}, H {problem.num_kv_heads}, d {problem.d_qk}/{problem.d_v}",
+        str(len(times)),
+        f"{repeated.agreeing} of {len(times)}" + ("" if repeated.agrees else " (missed)"),
+        str(len({config_key(run.config) for run in repeated.runs})),
+        f"{median(times):.1f}",
+        f"{max(times) / min(times):.3f}",
+        f"{effort.seconds / len(times):.1f}",
+        f"{effort.trials / effort.seconds:.1f}",
+        f"{effort.waited_seconds / effort.seconds:.0%}",
+    )
+
+
+def page(found: Sequence[Repeated], facts: dict[str, str], command: str, budget: str) -> str:
+    """The dated page."""
+    lines = [
+        f"# Tuning again and again on {facts['gpu']}, {facts['date']}",
+        "",
+        f"`{command}`; budget of a run: {budget}.",
+        "; ".join(f"{name} {value}" for name, value in facts.items() if name not in ("gpu", "date")) + ".",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + "---|" * len(COLUMNS),
+        *("| " + " | ".join(row(repeated)) + " |" for repeated in found),
+        "",
+        "agree: runs whose winner is the first run's or was tied with it; winners: different ones. worst / best: of",
+        "the winners' medians, each from its own race. waited: share of a run in which nothing was ready to be",
+        "measured. The first run compiles what later ones find in Triton's cache.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def measure(options: argparse.Namespace) -> tuple[list[Repeated], dict[str, str], Budget]:
+    """Tune everything on the device."""
+    here, budget = current(options.device), parse_budget(options.budget)
+    specs = choose_specs(split([options.families]))
+    problems = list(ProblemChoice(options.preset, options.seq).problems(options.preset))
+    found = []
+    with MeasureWorker(options.device) as worker, compile_ahead(here.capability, options.jobs) as preparer:
+        for spec, problem in [(s, part) for whole in problems for s in specs for part in tuning_problems(s, whole)]:
+            how = {"measurer": worker, "preparer": preparer, "fingerprint": here.to_dict()}
+
+            def tune(seed: int, spec: KernelSpec = spec, problem: Problem = problem, how: Any = how) -> Run | None:
+                run = tune_once(spec, problem, seed, budget, **how)
+                errors().print(f"{spec.family} run {seed + 1}: {run.median_us if run else None} us", markup=False)
+                return run
+
+            found.append(repeat(tune, options.retunes, spec.family, problem))
+    return found, {**here.to_dict(), "date": utc_now()[:10]}, budget
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure, print and write; 0 if every problem's runs agree, 1 if not, 2 after a mistake."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="gqa16-d128")
+    parser.add_argument("--seq", default="8k")
+    parser.add_argument("--families", default="win_attn_fwd")
+    parser.add_argument("--retunes", type=int, default=20)
+    parser.add_argument("--budget", default="quick")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--folder", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    options.folder.mkdir(parents=True, exist_ok=True)  # fail before measuring, not after
+    try:
+        found, facts, budget = measure(options)
+    except NSAError as error:
+        errors().print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        return 2
+    command = shlex.join(["python", "benchmarks/tuner.py", *without_places(arguments)])
+    text = page(found, facts, command, str(budget))
+    print(text)
+    data = json.dumps({"facts": facts, "command": command, "runs": [asdict(r) for r in found]}, indent=1)
+    for path in write_page(options.folder / f"{facts['date']}-{gpu_slug(facts['gpu'])}-tuner", text, data + "\n"):
+        print(path)
+    return int(not agree(found))
+
+
+def agree(found: Iterable[Repeated]) -> bool:
+    """True if the runs of every problem agree."""
+    return all(repeated.agrees for repeated in found)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,99 @@
+"""benchmarks/tuner.py: who agrees with whom, the page, and repeated tunings on known times with noise."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from cpu.search_fakes import DEFAULT, FINGERPRINT, PROBLEM, SPEC, FakeMeasurer, digest_of, make_landscape, trials
+
+from nsa_autotune.bench.result import TrialResult
+from nsa_autotune.bench.timing import summarize
+from nsa_autotune.errors import NSAError
+from nsa_autotune.search.progress import Effort
+from nsa_autotune.spec import Config, Problem
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+FACTS = {"gpu": "Fake 100", "date": "2026-01-02", "triton": "3"}
+
+
+@pytest.fixture(scope="module")
+def tuner() -> Iterator[ModuleType]:
+    """The script as a module; its neighbours are found as when it is run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        yield importlib.import_module("tuner")
+        for name in ("tuner", "forward"):
+            sys.modules.pop(name, None)
+
+
+def warps(count: int) -> Config:
+    return {**DEFAULT, "num_warps": count}
+
+
+def repeated(tuner: ModuleType, others: Sequence[int]) -> Any:
+    """Runs that 4 warps won, tied with 8, and then what each other number of warps won."""
+    effort = Effort(10, 5.0, 1.0)
+    first = tuner.Run(warps(4), (warps(8),), 100.0, effort)
+    runs = (first, *(tuner.Run(warps(count), (), 101.0, effort) for count in others))
+    return tuner.Repeated("win_attn_fwd", PROBLEM.to_dict(), runs)
+
+
+def test_a_run_agrees_by_the_first_winner_or_its_ties(tuner: ModuleType) -> None:
+    found = repeated(tuner, [4] * 10 + [8] * 8 + [2])
+    assert (found.agreeing, len(found.runs), found.agrees) == (19, 20, True)
+    assert repeated(tuner, [4] * 17 + [2, 1]).agrees is False
+    row = dict(zip(tuner.COLUMNS, tuner.row(found), strict=True))
+    assert (row["agree"], row["winners"], row["worst / best"]) == ("19 of 20", "3", "1.010")
+    assert (row["s a run"], row["trials/s"], row["waited"]) == ("5.0", "2.0", "20%")
+
+
+def test_the_page_names_command_versions_and_what_was_missed(tuner: ModuleType) -> None:
+    text = tuner.page([repeated(tuner, [2])], FACTS, "python benchmarks/tuner.py", "60 trials")
+    assert "Fake 100, 2026-01-02" in text and "`python benchmarks/tuner.py`" in text and "triton 3" in text
+    assert "| 1 of 2 (missed) |" in text and "budget of a run: 60 trials" in text
+
+
+class Noisy(FakeMeasurer):
+    """Times of a landscape with 1 % of noise; a race shares its drift."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(make_landscape(1, fail_share=0.0))
+        self.rng = random.Random(seed)
+
+    def measure(self, family: str, problem: Problem, config: Config) -> TrialResult:
+        """Five samples."""
+        return self._samples(config, [1.0] * 5)
+
+    def race(
+        self, family: str, problem: Problem, configs: Sequence[Config], rounds: int = 60, *, sentinel: int | None = None
+    ) -> list[TrialResult]:
+        """Sixty samples."""
+        drift = [1 + 0.05 * math.sin(block / 7) for block in range(rounds)]
+        return [self._samples(config, drift) for config in configs]
+
+    def _samples(self, config: Config, drift: list[float]) -> TrialResult:
+        true_us = self.time_us(config)
+        assert true_us is not None
+        return TrialResult("ok", **vars(summarize([true_us * d * self.rng.gauss(1, 0.01) for d in drift])))
+
+
+def test_tunings_of_a_whole_space_agree_and_count_their_effort(tuner: ModuleType) -> None:
+    """With the whole space measured only noise is left, and races see through it."""
+
+    def tune(seed: int) -> Any:
+        how = {"measurer": Noisy(seed), "preparer": None, "fingerprint": FINGERPRINT, "digest_of": digest_of}
+        return tuner.tune_once(SPEC, PROBLEM, seed, trials(1000), **how)
+
+    found = tuner.repeat(tune, 2, SPEC.family, PROBLEM)
+    assert found.agreeing == 2 and found.agrees
+    assert all(run.effort.trials > 900 and run.effort.seconds > run.effort.waited_seconds for run in found.runs)
+    with pytest.raises(NSAError, match="no config works"):
+        tuner.repeat(lambda seed: None, 3, SPEC.family, PROBLEM)
