@@ -23,7 +23,7 @@ from .space import config_key
 from .task import Task, known_correction, known_trials
 
 DEFAULT_CANDIDATES = 64  # compiled when the budget names minutes only
-MAX_SPILL_BYTES = 256  # a thread; more is never fast
+MAX_SPILL_BYTES = 512  # a thread; more was never near the best
 COMPILE_TIMEOUT_S = 90.0
 
 

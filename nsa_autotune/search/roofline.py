@@ -1,7 +1,8 @@
 """A roofline with occupancy and waves, to order compiled candidates that cannot be measured.
 
-It knows nothing of instruction schedules, bank conflicts or cache hits, and its constants are public data sheets and
-guesses: its microseconds say which of two configs to try first, and are never a substitute for a measurement.
+It knows nothing of instruction schedules, bank conflicts or cache hits. Its constants are public data sheets and, for
+shares, spills and loads in flight, what the shipped winners and their defaults suggest: its microseconds say which of
+two configs to try first, and are never a substitute for a measurement.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ BYTES_SHARE = 0.85  # of the bandwidths likewise
 HALF_RATE_WARPS = 4  # warps on a multiprocessor that reach half of the peak
 HBM_IN_FLIGHT_BYTES = 32 * 1024  # on each multiprocessor, for full bandwidth at the latency of device memory
 LAUNCH_US = 3.0  # from one kernel to the next
-SPILL_BYTES_PER_DOUBLING = 256  # stack bytes a thread that are guessed to double the time
+SPILL_BYTES_PER_DOUBLING = 2048  # stack bytes a thread that are guessed to double the time
+L1_MISS_SHARE = 0.6  # of on-chip bytes: neighbouring programs read the same tiles
+LOADS_IN_FLIGHT_BYTES = 64  # a thread that loads without staging
 LAST_WAVE_SHARE = 0.5  # of the idle part of the last wave that counts: programs drift apart and fill the other half
 
 
@@ -97,8 +100,9 @@ class Terms:
 
     @property
     def time_us(self) -> float:
-        """The slowest of the three, made longer by spills and tail, plus the launch."""
-        return max(self.arithmetic_us, self.memory_us, self.l2_us) * self.spill_factor * self.tail_factor + LAUNCH_US
+        """The three, which overlap but in part, made longer by spills and tail, plus the launch."""
+        busy_us = math.hypot(self.arithmetic_us, self.memory_us, self.l2_us)
+        return busy_us * self.spill_factor * self.tail_factor + LAUNCH_US
 
 
 def gpu_model(target: str, gpu: str = "") -> GpuModel:
@@ -150,12 +154,12 @@ def model_terms(cost: Cost, resources: ResourcesLike, gpu: GpuModel, dtype: str 
     resident = min(fitting, max(1, math.ceil(share))) if share else fitting
     warps = resident * resources.num_warps
     hiding = warps / (warps + HALF_RATE_WARPS)
-    in_flight = max(resident * resources.shared_bytes, warps * gpu.warp_size * 16)  # staged tiles, or 16 bytes a thread
+    in_flight = max(resident * resources.shared_bytes, warps * gpu.warp_size * LOADS_IN_FLIGHT_BYTES)
     fed = min(1.0, in_flight / HBM_IN_FLIGHT_BYTES)
     return Terms(
         arithmetic_us=_arithmetic_us(cost, gpu, dtype) / hiding,
         memory_us=cost.bytes_moved / (gpu.hbm_tbps * BYTES_SHARE * fed) / 1e6,
-        l2_us=cost.on_chip_bytes / (gpu.l2_tbps * BYTES_SHARE * fed) / 1e6,
+        l2_us=L1_MISS_SHARE * cost.on_chip_bytes / (gpu.l2_tbps * BYTES_SHARE * fed) / 1e6,
         spill_factor=2 ** (resources.spill_bytes / SPILL_BYTES_PER_DOUBLING),
         tail_factor=_tail_factor(share, resident),
         occupancy=occupancy(resources, gpu),

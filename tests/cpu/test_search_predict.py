@@ -95,16 +95,24 @@ def test_sums_run_on_the_vector_units() -> None:
 
 
 def test_memory_bound_times() -> None:
-    # 8 programs of 2000 bytes are fewer than 64 warps of 512: 32 KiB in flight, just enough
+    # 64 warps of 32 threads with 64 bytes each: 128 KiB in flight, more than enough
     assert predict_us(Cost(1.0, 3.35e9), FULL, H100) == pytest.approx(1e3 / 0.85 + LAUNCH_US)
-    assert predict_us(Cost(1.0, 1.0, on_chip_bytes=5.5e9), FULL, H100) == pytest.approx(1e3 / 0.85 + LAUNCH_US)
-    starved = replace(FULL, registers=255)  # one program of 8 warps: 4 KiB in flight, an eighth
+    assert predict_us(Cost(1.0, 1.0, on_chip_bytes=5.5e9), FULL, H100) == pytest.approx(600 / 0.85 + LAUNCH_US)
+    starved = replace(FULL, registers=255)  # one program of 8 warps: 16 KiB in flight, half of what it takes
     assert programs_per_sm(starved, H100) == 1
-    assert predict_us(Cost(1.0, 3.35e9), starved, H100) == pytest.approx(8e3 / 0.85 + LAUNCH_US)
+    assert predict_us(Cost(1.0, 3.35e9), starved, H100) == pytest.approx(2e3 / 0.85 + LAUNCH_US)
+    staged = replace(starved, shared_bytes=24 * 1024)  # three quarters, by tiles on their way
+    assert predict_us(Cost(1.0, 3.35e9), staged, H100) == pytest.approx(1e3 / 0.75 / 0.85 + LAUNCH_US)
 
 
-def test_256_spilled_bytes_double_the_time() -> None:
-    clean, spilled = (predict_us(Cost(1e12, 1.0), replace(FULL, spill_bytes=n), H100) for n in (0, 256))
+def test_equal_demands_overlap_but_in_part() -> None:
+    flops = 1e3 * 989e6 * 0.7 * 64 / 68  # 1000 us
+    both = predict_us(Cost(flops, 3.35e9 * 0.85), FULL, H100)
+    assert both == pytest.approx(1e3 * 2**0.5 + LAUNCH_US)
+
+
+def test_2048_spilled_bytes_double_the_time() -> None:
+    clean, spilled = (predict_us(Cost(1e12, 1.0), replace(FULL, spill_bytes=n), H100) for n in (0, 2048))
     assert spilled - LAUNCH_US == pytest.approx(2 * (clean - LAUNCH_US))
 
 
@@ -231,7 +239,7 @@ def test_predictions_are_ranked_stored_and_no_measurements(store: TuningStore) -
 def test_what_cannot_run_is_stored_with_its_reason_and_left_out(store: TuningStore) -> None:
     def judge(config: Config) -> Resources | tuple[str, str]:
         return {
-            1: replace(distinct(config), spill_bytes=300),
+            1: replace(distinct(config), spill_bytes=600),
             2: replace(distinct(config), shared_bytes=300_000),
             4: distinct(config),
             8: ("timeout", "the compiler ran past its time limit"),
@@ -241,7 +249,7 @@ def test_what_cannot_run_is_stored_with_its_reason_and_left_out(store: TuningSto
     ranked = predict(store, FakeCompiler(judge), budget=trials(40))
     assert {prediction.config["num_warps"] for prediction in ranked} == {4}
     told = {r.config["num_warps"]: (r.status, r.reason, r.predicted_us) for r in store.trials(kind="predicted")}
-    assert told[1] == ("resource", "spills 300 bytes a thread, more than 256", None)
+    assert told[1] == ("resource", "spills 600 bytes a thread, more than 512", None)
     assert told[2] == ("resource", "needs 300000 bytes of shared memory, the limit is 232448", None)
     assert told[4][:2] == ("ok", "")
     assert told[8] == ("timeout", "the compiler ran past its time limit", None)
@@ -249,8 +257,8 @@ def test_what_cannot_run_is_stored_with_its_reason_and_left_out(store: TuningSto
 
 
 def test_limits_are_inclusive() -> None:
-    assert reject_reason(replace(FITS, spill_bytes=256, shared_bytes=232_448), H100, 232_448) == ""
-    assert "spills 257" in reject_reason(replace(FITS, spill_bytes=257), H100, 232_448)
+    assert reject_reason(replace(FITS, spill_bytes=512, shared_bytes=232_448), H100, 232_448) == ""
+    assert "spills 513" in reject_reason(replace(FITS, spill_bytes=513), H100, 232_448)
     assert "fits on a multiprocessor" in reject_reason(replace(FITS, registers=8, num_warps=128), H100, 232_448)
 
 
