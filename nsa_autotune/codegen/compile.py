@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from ..errors import KernelError
 from ..spec import Config, KernelSpec, Problem
+from .host_code import launch_sha
 from .load import explain, load
 from .machine_code import join_shas, machine_code_sha, usage_of
 from .render import Rendered, render
@@ -30,6 +31,7 @@ class Resources:
     num_warps: int
     binary_sha: str  # identity of the machine code of all kernels of the variant
     compile_ms: float
+    launch_sha: str = ""  # identity of what runs on the host
 
     def to_dict(self) -> dict[str, Any]:
         """By name, ready for JSON."""
@@ -71,6 +73,7 @@ def compile_variant(spec: KernelSpec, problem: Problem, config: Config, target: 
         raise KernelError(f"{spec.family} does not compile for {target}: {explain(error, rendered)}") from error
     compile_ms = (time.perf_counter() - started) * 1e3
     resources = combine_resources([_read(kernel) for kernel in kernels], compile_ms)
+    resources = replace(resources, launch_sha=launch_sha(rendered.source))
     _check_fits(resources, goal, rendered)
     return resources
 
