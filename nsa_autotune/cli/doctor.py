@@ -121,7 +121,9 @@ def _print_winners(winners: Sequence[WinnerRecord]) -> None:
     if stale:
         families = ",".join(dict.fromkeys(w.family for w in stale))
         text = f"{len(stale)} winners are stale, their templates have changed, and are not served"
-        output().print(f"{text}; on their GPU: nsa-autotune recertify --families {families}", markup=False)
+        output().print(
+            f"{text}; on their GPU: nsa-autotune recertify --families {families}", markup=False, soft_wrap=True
+        )
 
 
 def print_drift(store: TuningStore) -> None:
@@ -133,7 +135,7 @@ def print_drift(store: TuningStore) -> None:
     name = gpu_name()
     if name is None:
         text = "without a GPU `nsa-autotune recertify --dry-run` compiles stale winners and tells what would carry over"
-        output().print(text, markup=False)
+        output().print(text, markup=False, soft_wrap=True)
         return
     from ..dispatch.fingerprint import current
 
@@ -146,7 +148,7 @@ def print_drift(store: TuningStore) -> None:
     columns = ("changed", "then", "now", "winners")
     output().print(make_table("stale winners of this GPU", columns, drift_rows(stale, here), ("winners",)))
     for line in drift_lines(stale, expected_cost(stale)):
-        output().print(line, markup=False)
+        output().print(line, markup=False, soft_wrap=True)
 
 
 def drift_rows(stale: Sequence[Stale], here: Mapping[str, str]) -> list[tuple[object, ...]]:

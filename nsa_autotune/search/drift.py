@@ -26,7 +26,7 @@ Key = tuple[str, str, str, str]  # GPU, family, problem key, policy
 
 @dataclass(frozen=True)
 class Stale:
-    """The newest winner of a problem that has none under the present versions and template."""
+    """The best evidence for a problem that has no winner under the present versions and template."""
 
     winner: WinnerRecord
     changed: tuple[str, ...]  # fields of the fingerprint that differ, and "template"
@@ -55,6 +55,7 @@ def stale_winners(
 ) -> list[Stale]:
     """One for each (GPU, family, problem, policy) without a current winner; newest first.
 
+    Of several it is the newest of the present template, else the newest.
     `here` holds the fields of a fingerprint that have to be equal, `digests` the present template digest of each
     family. Winners of families that are gone cannot be recertified and are left out.
     """
@@ -67,8 +68,8 @@ def stale_winners(
     found = []
     for members in groups.values():
         if all(changed_fields(winner, here, digests) for winner in members):
-            newest = max(members, key=lambda winner: winner.created)
-            found.append(Stale(newest, changed_fields(newest, here, digests)))
+            best = max(members, key=lambda w: (w.template_digest == digests.get(w.family), w.created))
+            found.append(Stale(best, changed_fields(best, here, digests)))
     return sorted(found, key=lambda stale: stale.winner.created, reverse=True)
 
 
