@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..codegen.host_code import launch_sha_of
+from ..codegen.machine_code import variant_code_sha
 from ..spec import Config, KernelSpec, Problem, canonical_json
 from .accuracy import Case, gate_problem, prepare_gate, prepare_rows, run_cases
 from .compare import AccuracyReport
@@ -142,7 +144,7 @@ class MeasureSession:
             rows, inputs = run_cases((case,), watched), case.inputs
             reason = "" if rows.ok else f"At full length, though not at {small.seq_k} tokens: {rows.reason}"
             report = replace(max(report, rows, key=lambda r: r.max_error), ok=rows.ok, reason=reason)
-        resources = resources_of(watched.kernels)  # at full length
+        resources = resources_of(watched.kernels, launch)  # at full length
         if not report.ok:
             return self._result(None, "accuracy", report, resources)
         return Ready(lambda: inputs.call(launch), report, resources)
@@ -264,17 +266,20 @@ class _TellingClock:
         return self._clock.elapsed_us(fn, launches, cold_l2)
 
 
-def resources_of(kernels: object) -> dict[str, int | str] | None:
+def resources_of(kernels: object, launch: Any = None) -> dict[str, int | str] | None:
     """Largest demand of the compiled kernels that a launch returned; None where they tell nothing (interpreter)."""
     told = [kernel for kernel in kernels if hasattr(kernel, "n_regs")] if isinstance(kernels, list) else []
     if not told:
         return None
-    return {
+    found: dict[str, int | str] = {
         "registers": max(int(kernel.n_regs) for kernel in told),
         "spill_bytes": max(4 * int(kernel.n_spills) for kernel in told),  # Triton counts words
         "shared_bytes": max(int(kernel.metadata.shared) for kernel in told),
         "num_warps": max(int(kernel.metadata.num_warps) for kernel in told),
     }
+    if launch is not None and all("cubin" in getattr(kernel, "asm", {}) for kernel in told):
+        found |= {"binary_sha": variant_code_sha(told), "launch_sha": launch_sha_of(launch)}
+    return found
 
 
 def _kept(cache: OrderedDict[str, T], limit: int, key: str, make: Callable[[], T]) -> T:

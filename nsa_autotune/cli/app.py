@@ -11,7 +11,7 @@ import typer
 
 from .. import __version__
 from ..errors import NSAError
-from . import bench, cover, db, doctor, render, replay, tune
+from . import bench, cover, db, doctor, recertify, render, replay, tune
 from .console import errors
 
 EXIT_MISTAKE = 2
@@ -24,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("tune")(tune.tune)
+app.command("recertify")(recertify.recertify)
 app.command("render")(render.render)
 app.command("bench")(bench.bench)
 app.command("cover")(cover.cover)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from .console import errors, make_table, output
 if TYPE_CHECKING:
     from ..db.records import TrialRecord, WinnerRecord
     from ..db.store import TuningStore
+    from ..search.drift import Cost, Stale
 
 PACKAGES = ("torch", "triton", "numpy", "jinja2", "optuna", "sqlalchemy", "alembic")
 COMPILERS = ("cc", "gcc", "clang")
@@ -37,6 +39,7 @@ def doctor(db: options.DbOption = None) -> None:
         with TuningStore(db) as store:
             output().print(make_table("database", ("what", "found"), database_facts(store)))
             _print_winners(store.winners())
+            print_drift(store)
     except NSAError:
         errors().print("the database cannot be used:", style="red")
         raise
@@ -132,7 +135,53 @@ def _print_winners(winners: Sequence[WinnerRecord]) -> None:
         output().print("no winners: nothing is tuned and none are shipped", markup=False)
     if stale:
         families = ",".join(dict.fromkeys(w.family for w in stale))
+        text = f"{len(stale)} winners are stale, their templates have changed, and are not served"
         output().print(
-            f"{len(stale)} winners are stale, their templates have changed: nsa-autotune tune --families {families}",
-            markup=False,
+            f"{text}; on their GPU: nsa-autotune recertify --families {families}", markup=False, soft_wrap=True
         )
+
+
+def print_drift(store: TuningStore) -> None:
+    """What other versions or templates made for the GPU at hand: by cause, and what recertifying takes at most."""
+    from ..codegen.render import template_digest
+    from ..kernels import all_specs
+    from ..search.drift import expected_cost, stale_winners
+
+    name = gpu_name()
+    if name is None:
+        text = "without a GPU `nsa-autotune recertify --dry-run` compiles stale winners and tells what would carry over"
+        output().print(text, markup=False, soft_wrap=True)
+        return
+    from ..dispatch.fingerprint import current
+
+    here, specs = current("cuda:0").to_dict(), all_specs()
+    stale = stale_winners(
+        store.winners(gpu=name), here, specs, {family: template_digest(spec) for family, spec in specs.items()}
+    )
+    if not stale:
+        return
+    columns = ("changed", "then", "now", "winners")
+    output().print(make_table("stale winners of this GPU", columns, drift_rows(stale, here), ("winners",)))
+    for line in drift_lines(stale, expected_cost(stale)):
+        output().print(line, markup=False, soft_wrap=True)
+
+
+def drift_rows(stale: Sequence[Stale], here: Mapping[str, str]) -> list[tuple[object, ...]]:
+    """Each change with the number of winners that it concerns; one winner may count in several rows."""
+    counts = Counter(
+        (name, item.winner.fingerprint.get(name, ""), here.get(name, "")) for item in stale for name in item.changed
+    )
+    return [(*change, count) for change, count in sorted(counts.items())]
+
+
+def drift_lines(stale: Sequence[Stale], cost: Cost) -> list[str]:
+    """What serves meanwhile, what recertifying takes, and that its gain is not known before."""
+    refused = sum(item.other_template for item in stale)
+    meanwhile = f"{cost.winners - refused} are served meanwhile, as measured with other versions"
+    if refused:
+        meanwhile += f"; {refused} are not, their template has changed: a neighbour's winner or the default stands in"
+    takes = f"compiles up to {cost.configs} configs, takes at most about {math.ceil(cost.minutes)} min without searches"
+    return [
+        f"{cost.winners} problems are stale: {meanwhile}. What that loses is unknown until they are raced.",
+        f"nsa-autotune recertify: {takes}; {cost.may_carry} may carry over: which machine code was measured is known.",
+    ]

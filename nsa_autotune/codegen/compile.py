@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from ..errors import InvalidConfig, KernelError
 from ..spec import Config, KernelSpec, Problem
 from .grid import Launches, watch_launches
+from .host_code import launch_sha
 from .load import explain, load
 from .machine_code import join_shas, machine_code_sha, usage_of
 from .render import Rendered, render
@@ -33,6 +34,7 @@ class Resources:
     compile_ms: float
     num_programs: int = 0  # of the kernel that starts the most; 0 if it is not known
     call_sha: str = ""  # identity of the grids and run-time arguments
+    launch_sha: str = ""  # identity of what runs on the host
 
     def to_dict(self) -> dict[str, Any]:
         """By name, ready for JSON."""
@@ -78,6 +80,7 @@ def compile_variant(spec: KernelSpec, problem: Problem, config: Config, target: 
         raise KernelError(f"{spec.family} does not compile for {target}: {explain(error, rendered)}") from error
     compile_ms = (time.perf_counter() - started) * 1e3
     resources = combine_resources([_read(kernel) for kernel in kernels], compile_ms, seen)
+    resources = replace(resources, launch_sha=launch_sha(rendered.source))
     _check_fits(resources, goal, rendered)
     return resources
 

@@ -53,6 +53,13 @@ def _assembler_version(arch: int) -> str:
     return f"ptxas {get_ptxas(arch).version}"
 
 
+def compilers(target: str) -> dict[str, str]:
+    """Versions of what makes machine code for `cuda:90` and the like: Triton, and the assembler that it calls."""
+    import triton
+
+    return {"triton": triton.__version__, "assembler": _assembler_version(int(target.split(":")[-1]))}
+
+
 @cache
 def current(device: str = "cuda:0") -> Fingerprint:
     """The fingerprint of a CUDA device; raises InvalidInput where there is none."""

@@ -333,7 +333,9 @@ def test_doctor_without_a_gpu(run: Run, database: str, monkeypatch: pytest.Monke
     assert "no CUDA device" in out
     assert "1 compile" in out, "trials by status"
     assert "Test GPU" in out
-    assert f"1 winners are stale, their templates have changed: nsa-autotune tune --families {FAMILY}" in out
+    stale = "1 winners are stale, their templates have changed, and are not served"
+    assert f"{stale}; on their GPU: nsa-autotune recertify --families {FAMILY}" in out
+    assert "nsa-autotune recertify --dry-run" in out
 
 
 def test_doctor_with_a_damaged_database(run: Run, tmp_path: Path) -> None:

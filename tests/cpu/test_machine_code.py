@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import triton
 
+from nsa_autotune.bench.session import resources_of
+from nsa_autotune.codegen.host_code import launch_sha
 from nsa_autotune.codegen.machine_code import join_shas, machine_code_sha, usage_of, variant_code_sha
 from nsa_autotune.errors import KernelError
 
@@ -146,6 +148,16 @@ def test_a_variant_is_the_sequence_of_its_kernels(kernels: dict[str, Any]) -> No
     assert variant_code_sha([one, two]) == join_shas([machine_code_sha(one), machine_code_sha(two)])
     assert len({variant_code_sha(order) for order in ([one], [one, two], [two, one])}) == 3
     assert re.fullmatch("[0-9a-f]{20}", variant_code_sha([one]))
+
+
+def test_a_measurement_stores_which_code_it_ran(kernels: dict[str, Any]) -> None:
+    told = [SimpleNamespace(**vars(kernels[label]), n_regs=32, n_spills=0) for label in ("plain", "other tile")]
+    found = resources_of(told, compile_all)  # any function whose file can be read
+    assert found is not None and found["binary_sha"] == variant_code_sha(told)
+    assert found["launch_sha"] == launch_sha(Path(__file__).read_text(encoding="utf-8"))
+    for kernel in told:
+        kernel.asm = {}
+    assert (resources_of(told, compile_all) or {}).keys() == {"registers", "spill_bytes", "shared_bytes", "num_warps"}
 
 
 @pytest.mark.parametrize(
