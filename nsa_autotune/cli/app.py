@@ -11,7 +11,7 @@ import typer
 
 from .. import __version__
 from ..errors import NSAError
-from . import bench, db, doctor, render, tune
+from . import bench, codesign, db, doctor, render, tune
 from .console import errors
 
 EXIT_MISTAKE = 2
@@ -26,6 +26,7 @@ app = typer.Typer(
 app.command("tune")(tune.tune)
 app.command("render")(render.render)
 app.command("bench")(bench.bench)
+app.command("codesign")(codesign.codesign)
 app.command("doctor")(doctor.doctor)
 app.add_typer(db.app, name="db")
 
