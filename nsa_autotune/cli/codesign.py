@@ -91,6 +91,7 @@ def codesign(
         d_qk=sizes["d_qk"],
         d_v=sizes["d_v"],
     )
+    base = planning.one_problem(choice.problems(NO_GPU_PRESET if goal else GPU_PRESET))
     values = {
         "select_block_size": planning.numbers("--select-blocks", select_blocks),
         "num_selected": planning.numbers("--top-n", top_n),
@@ -99,8 +100,9 @@ def codesign(
         "compress_block_size": planning.numbers("--compress-blocks", compress_blocks),
         "group_size": planning.numbers("--group-sizes", group_sizes),
     }
+    planning.check_group_sizes(base, values["group_size"])
     plan = planning.Plan(
-        base=planning.one_problem(choice.problems(NO_GPU_PRESET if goal else GPU_PRESET)),
+        base=base,
         values=planning.merge_values(values, choice.nsa or {}),
         specs=planning.pass_specs(options.split(families, "--families"), compression, backward=backward),
         activations=given,

@@ -138,6 +138,16 @@ def pass_specs(names: Iterable[str], compression: str, *, backward: bool) -> tup
     )
 
 
+def check_group_sizes(base: Problem, sizes: Iterable[int]) -> None:
+    """kv heads can be averaged to fewer, not made more."""
+    if wrong := [size for size in sizes if size % base.group_size or base.num_q_heads % size]:
+        raise InvalidInput(
+            "--group-sizes are multiples of the activations' own that divide the query heads",
+            {"--group-sizes": wrong, "own": base.group_size, "heads": base.num_q_heads},
+            "Larger groups average kv heads; smaller ones need activations with more kv heads.",
+        )
+
+
 def check_plot(path: Path | None) -> None:
     """An hour of tuning must not end at a missing package or folder."""
     check_folder(path)

@@ -63,14 +63,15 @@ def print_front(
     for number, record in enumerate(front, start=1):
         row = row_of(study.base, specs, record, on_front=True)
         rows.append((number, *(row[name] for name in COLUMNS.values())))
-    heading = f"front of {len(records)} designs, {basis(study)}; hypervolume {share:.3f}"
+    heading = f"front of {len(records)} designs, {basis(study)}"
     columns = ("point", *COLUMNS)
     output().print(make_table(heading, columns, rows, columns, LESS_IMPORTANT))
+    output().print(f"hypervolume {share:.3f} of the box from zero to the worst of each", markup=False)
     for number, record in enumerate(front, start=1):
         problem = problem_of(study.base, record)
         kv_heads = f", num_kv_heads={problem.num_kv_heads}" if problem.num_kv_heads != study.base.num_kv_heads else ""
-        lines = (f"{number}. config={problem.nsa}{kv_heads}", f"   {tune_command(problem, specs)}")
-        output().print(*lines, f"   {bench_command(problem)}", sep="\n", markup=False, soft_wrap=True)
+        lines = (f"config={problem.nsa}{kv_heads}", tune_command(problem, specs), bench_command(problem))
+        output().print(f"{number}.", "\n   ".join(lines), markup=False, soft_wrap=True)
 
 
 def basis(study: Study) -> str:
@@ -78,7 +79,7 @@ def basis(study: Study) -> str:
     gpu = study.fingerprint["gpu"].removeprefix("target ")
     if study.kind == "measured":
         return f"medians on {gpu}"
-    return f"predicted for {gpu} by a cost model: nothing was measured, nothing of this is served"
+    return f"predicted for {gpu} by a cost model, nothing measured"
 
 
 def problem_of(base: Problem, record: DesignRecord) -> Problem:
