@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from ..db.designs import DesignRecord
-    from ..errors import KernelError
+    from ..errors import NoConfigWorks
     from ..search.designs import Design
 
 
@@ -59,7 +59,7 @@ class CodesignDisplay:
             f"output error {record.output_error:.4f}"
         )
 
-    def failed(self, design: Design, error: KernelError) -> None:
+    def failed(self, design: Design, error: NoConfigWorks) -> None:
         """Print why."""
         self.num_failed += 1
         self.note(f"{self._head}: {error}")

@@ -16,7 +16,7 @@ from optuna.trial import Trial, TrialState
 from ..bench.quality import Quality
 from ..db.designs import DesignRecord
 from ..db.store import TuningStore
-from ..errors import KernelError
+from ..errors import NoConfigWorks
 from ..spec import Problem, digest
 from .budget import Budget, Meter
 from .designs import DIMENSIONS, Choices, Design, design_of
@@ -35,7 +35,7 @@ class CodesignProgress(Protocol):
 
     def done(self, record: DesignRecord) -> None: ...
 
-    def failed(self, design: Design, error: KernelError) -> None: ...
+    def failed(self, design: Design, error: NoConfigWorks) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def codesign(
         progress.begin(design, meter.trials, total)
         try:
             found = evaluate(study, design, quality, latency)
-        except KernelError as error:
+        except NoConfigWorks as error:
             search.record(design, None)
             progress.failed(design, error)
             continue
@@ -119,7 +119,7 @@ def evaluate(
     quality: Callable[[Design], Quality],
     latency: Callable[[Problem], Mapping[str, float]],
 ) -> DesignRecord:
-    """Both objectives of one design; KernelError if a kernel of it does not work."""
+    """Both objectives of one design; NoConfigWorks if a kernel of it does not work."""
     problem = design.problem(study.base)
     kept, parts = quality(design), dict(latency(problem))
     return DesignRecord(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ..db.store import TuningStore
-from ..errors import KernelError
+from ..errors import NoConfigWorks
 from ..spec import KernelSpec, Problem
 from .budget import Budget
 from .designs import launches
@@ -89,7 +89,7 @@ class PassLatency:
     _known_us: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def __call__(self, problem: Problem) -> dict[str, float]:
-        """Microseconds of all launches of each family; KernelError for a family of which no config works."""
+        """Microseconds of all launches of each family; raises NoConfigWorks for one of which no config works."""
         return {spec.family: sum(self._launches_us(spec, problem)) for spec in self.specs}
 
     def _launches_us(self, spec: KernelSpec, problem: Problem) -> Iterable[float]:
@@ -99,6 +99,6 @@ class PassLatency:
                 found_us = self.kernel(spec, part)
                 if found_us is None:
                     remedy = f"See `nsa-autotune db query --table trials --family {spec.family}`."
-                    raise KernelError(f"{spec.family}: no config works for this design", {"nsa": part.nsa}, remedy)
+                    raise NoConfigWorks(f"{spec.family}: no config works for this design", {"nsa": part.nsa}, remedy)
                 self._known_us[key] = found_us
             yield times * self._known_us[key]

@@ -19,7 +19,7 @@ from nsa_autotune.db.designs import DesignRecord
 from nsa_autotune.db.engine import for_writing, open_engine, parse_location
 from nsa_autotune.db.migrate import upgrade
 from nsa_autotune.db.store import TuningStore
-from nsa_autotune.errors import InvalidConfig, KernelError, StoreError
+from nsa_autotune.errors import InvalidConfig, NoConfigWorks, StoreError
 from nsa_autotune.kernels import get_spec
 from nsa_autotune.search.budget import Budget
 from nsa_autotune.search.codesign import Study, codesign
@@ -155,7 +155,7 @@ class World:
     def latency(self, problem: Problem) -> Mapping[str, float]:
         nsa = problem.nsa
         if nsa.num_selected == self.broken:
-            raise KernelError("slc_attn_fwd: no config works for this design")
+            raise NoConfigWorks("slc_attn_fwd: no config works for this design")
         keys = nsa.num_selected * nsa.select_block_size
         return {"slc": 5 + keys / 50, "win": 1 + nsa.window_size / 200, "cmp": 4000 / nsa.compress_stride / 16}
 
@@ -165,7 +165,7 @@ class World:
     def done(self, record: DesignRecord) -> None:
         self.told.append(record)
 
-    def failed(self, design: Design, error: KernelError) -> None:
+    def failed(self, design: Design, error: NoConfigWorks) -> None:
         self.told.append(error)
 
     def run(self, study: Study, store: TuningStore, budget: Budget, **options: object) -> list[DesignRecord]:
@@ -257,7 +257,7 @@ def test_designs_outside_the_search_are_left_alone(store: TuningStore) -> None:
 def test_a_design_whose_kernel_fails_is_told_and_left_out(store: TuningStore) -> None:
     study, world = make_study(), World(broken=32)
     records = world.run(study, store, Budget(len(study.designs)))
-    failures = [told for told in world.told if isinstance(told, KernelError)]
+    failures = [told for told in world.told if isinstance(told, NoConfigWorks)]
     assert len(records) + len(failures) == len(study.designs) and failures
     assert all(record.nsa["num_selected"] != 32 for record in records)
     sampled = World(broken=4).run(make_study(facts={}), store, Budget(40))
@@ -295,7 +295,7 @@ def test_a_pass_sums_its_launches_and_times_shared_kernels_once() -> None:
 
 def test_a_pass_names_the_family_that_does_not_work() -> None:
     latency = PassLatency(tuple(specs("win_attn_fwd")), lambda spec, problem: None)
-    with pytest.raises(KernelError, match=r"win_attn_fwd: no config works.*--family win_attn_fwd"):
+    with pytest.raises(NoConfigWorks, match=r"win_attn_fwd: no config works.*--family win_attn_fwd"):
         latency(BASE)
 
 
