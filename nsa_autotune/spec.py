@@ -14,6 +14,7 @@ from .errors import InvalidConfig, InvalidProblem
 SCHEMA_VERSION = 1
 DTYPES = ("bfloat16", "float16", "float32")
 LAYOUTS = ("batched", "packed")
+DEFAULT_POLICY = "eager-cold"  # how times are taken where nobody says; `bench.policy` has them all
 DEFAULT_LOCALITY = 0.8  # assumed where nobody says: trained models select alike for adjacent tokens
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -100,12 +101,22 @@ class Problem:
 
 @dataclass(frozen=True)
 class Param:
-    """One dimension of a search space: ordered values; `structural` ones change which lines the template renders."""
+    """One dimension of a search space: ordered values; `structural` ones change which lines the template renders.
+
+    `reserve` holds values beyond the ends, legal but tried only when the best config lies on that end.
+    """
 
     name: str
     values: tuple[Value, ...]
     doc: str
     structural: bool = False
+    reserve: tuple[int, ...] = ()
+
+    @property
+    def widest(self) -> tuple[Value, ...]:
+        """All values that a config may have, in order."""
+        low, high = [v for v in self.reserve if v < self.values[0]], [v for v in self.reserve if v > self.values[-1]]  # type: ignore[operator]
+        return (*low, *self.values, *high)
 
 
 @dataclass(frozen=True)
@@ -207,8 +218,8 @@ class KernelSpec:
         for param in self.params:
             if param.name not in config:
                 return f"{param.name} is missing"
-            if config[param.name] not in param.values:
-                return f"{param.name}={config[param.name]!r} is not one of {param.values}"
+            if config[param.name] not in param.widest:
+                return f"{param.name}={config[param.name]!r} is not one of {param.widest}"
         unknown = set(config) - {param.name for param in self.params}
         if unknown:
             return f"unknown parameters {sorted(unknown)}"

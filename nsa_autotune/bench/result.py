@@ -9,7 +9,9 @@ from typing import Any, Literal, get_args
 
 from ..errors import InvalidInput
 
-Status = Literal["ok", "constraint", "render", "compile", "resource", "accuracy", "runtime", "timeout", "crash"]
+Status = Literal[  # same_code: not measured, since another config with the same machine code was
+    "ok", "same_code", "constraint", "render", "compile", "resource", "accuracy", "runtime", "timeout", "crash"
+]
 STATUSES: tuple[str, ...] = get_args(Status)
 
 
@@ -25,7 +27,8 @@ class TrialResult:
     p80_us: float | None = None
     max_error: float | None = None
     baseline_error: float | None = None
-    resources: dict[str, int] | None = None
+    resources: dict[str, int | str] | None = None
+    environment: dict[str, Any] | None = None  # clocks, heat and blocks of the race it was timed in
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -16,8 +16,11 @@ from .compare import AccuracyReport
 from .failure import classify, is_sticky
 from .inputs import TrialInputs, make_inputs
 from .library import library_call
+from .nvml import make_watch
+from .policy import Policy, get_policy
+from .race import Race, run_race
 from .result import TrialResult
-from .timing import Clock, Fn, Timing, make_clock, summarize, time_launches
+from .timing import Clock, Fn, Timing, make_clock, summarize
 
 T = TypeVar("T")
 
@@ -30,12 +33,22 @@ Tell = Callable[[int, str], None]  # (index of the config, stage): called before
 
 
 @dataclass(frozen=True)
+class Timer:
+    """How a request wants its variants timed."""
+
+    rounds: int
+    policy: Policy = field(default_factory=get_policy)
+    target_ms: float = 400.0  # of device time a variant
+    sentinel: int | None = None  # index of the config that watches for drift
+
+
+@dataclass(frozen=True)
 class Ready:
     """A variant that passed the gate, bound to inputs at full length."""
 
     launch: Fn
     report: AccuracyReport
-    resources: dict[str, int] | None
+    resources: dict[str, int | str] | None
 
 
 class MeasureSession:
@@ -48,12 +61,13 @@ class MeasureSession:
         self._seed = seed
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        self._clock = clock or make_clock(self.device)
+        self._clock, self._watch = clock, make_watch(self.device)
+        self._clocks: dict[bool, Clock] = {}
         self._gates: OrderedDict[str, tuple[Case, ...]] = OrderedDict()
         self._cases: OrderedDict[str, Case] = OrderedDict()
 
     def race(
-        self, family: str, problem: Problem, configs: Sequence[Config], rounds: int, tell: Tell = lambda _i, _s: None
+        self, family: str, problem: Problem, configs: Sequence[Config], timer: Timer, tell: Tell = lambda _i, _s: None
     ) -> list[TrialResult | None]:
         """Gate every config and time those that pass, interleaved; None for those left undecided by a lost context."""
         results: list[TrialResult | None] = [None] * len(configs)
@@ -66,10 +80,10 @@ class MeasureSession:
                 results[index] = found
             if self.lost:
                 return results
-        self._time(ready, results, rounds, tell)
+        self._time(ready, results, timer, tell)
         return results
 
-    def library(self, provider: str, problem: Problem, rounds: int, tell: Tell = lambda _i, _s: None) -> TrialResult:
+    def library(self, provider: str, problem: Problem, timer: Timer, tell: Tell = lambda _i, _s: None) -> TrialResult:
         """Time a library that computes what a family does, or something users would otherwise call."""
         tell(0, "library")
         self._forget()
@@ -77,7 +91,7 @@ class MeasureSession:
             call, reason = library_call(provider, problem, self.device, self._seed)
             if call is None:
                 return TrialResult("constraint", reason)
-            return self._result(self._timings([call], rounds, lambda _: None)[0])
+            return self._result(self._run([call], timer, None, lambda _: None).timings[0])
         except Exception as error:  # whatever the library raises is its result
             self.lost = is_sticky(error)
             return TrialResult(classify(error, "timing"), _reason(error))
@@ -131,7 +145,7 @@ class MeasureSession:
             return self._result(None, "accuracy", report, resources)
         return Ready(lambda: inputs.call(launch), report, resources)
 
-    def _time(self, ready: dict[int, Ready], results: list[TrialResult | None], rounds: int, tell: Tell) -> None:
+    def _time(self, ready: dict[int, Ready], results: list[TrialResult | None], timer: Timer, tell: Tell) -> None:
         while ready and not self.lost:
             indices, current = list(ready), 0
 
@@ -141,28 +155,46 @@ class MeasureSession:
                 tell(current, "timing")
 
             try:
-                timings = self._timings([ready[i].launch for i in indices], rounds, enter)
+                sentinel = indices.index(timer.sentinel) if timer.sentinel in indices else None
+                race = self._run([ready[i].launch for i in indices], timer, sentinel, enter)
             except Exception as error:  # the variant on the clock is to blame: each sample waits for the device
                 self.lost = is_sticky(error)
                 results[current] = TrialResult(classify(error, "timing"), _reason(error))
                 del ready[current]
                 continue
-            for index, timing in zip(indices, timings, strict=True):
-                results[index] = self._result(timing, "ok", ready[index].report, ready[index].resources)
+            for index, timing in zip(indices, race.timings, strict=True):
+                result = self._result(timing, "ok", ready[index].report, ready[index].resources)
+                results[index] = replace(result, environment=race.environment)
             return
 
-    def _timings(self, fns: list[Fn], rounds: int, enter: Callable[[int], None]) -> list[Timing]:
-        clock = _TellingClock(self._clock, fns, enter)
-        if self.device.type == "cuda":
-            return time_launches(fns, clock=clock, rounds=rounds)
-        return [summarize([clock.elapsed_us(fn, 1, False)]) for fn in fns]  # the interpreter's time is only a token
+    def _run(self, fns: list[Fn], timer: Timer, sentinel: int | None, enter: Callable[[int], None]) -> Race:
+        policy = timer.policy
+        clock = _TellingClock(self._clock_for(policy), fns, enter)
+        if self.device.type != "cuda":  # the interpreter's time is only a token
+            return Race([summarize([clock.elapsed_us(fn, 1, False)]) for fn in fns], blocks=1)
+        return run_race(
+            fns,
+            clock=clock,
+            rounds=timer.rounds,
+            sentinel=sentinel,
+            watch=self._watch,
+            cold_l2=policy.cold_l2,
+            target_ms=timer.target_ms,
+        )
+
+    def _clock_for(self, policy: Policy) -> Clock:
+        if self._clock is not None:
+            return self._clock
+        if policy.graph not in self._clocks:
+            self._clocks[policy.graph] = make_clock(self.device, graph=policy.graph)
+        return self._clocks[policy.graph]
 
     def _result(
         self,
         timing: Timing | None,
         status: Any = "ok",
         report: AccuracyReport | None = None,
-        resources: dict[str, int] | None = None,
+        resources: dict[str, int | str] | None = None,
     ) -> TrialResult:
         result = TrialResult(status, resources=resources)
         if report is not None:
@@ -224,7 +256,7 @@ class _TellingClock:
         return self._clock.elapsed_us(fn, launches, cold_l2)
 
 
-def resources_of(kernels: object) -> dict[str, int] | None:
+def resources_of(kernels: object) -> dict[str, int | str] | None:
     """Largest demand of the compiled kernels that a launch returned; None where they tell nothing (interpreter)."""
     told = [kernel for kernel in kernels if hasattr(kernel, "n_regs")] if isinstance(kernels, list) else []
     if not told:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,6 +17,7 @@ MIN_SAMPLE_US = 200.0  # shorter launches are repeated, each on a cold cache, un
 MAX_LAUNCHES = 100  # a sample
 MIN_ROUNDS = 5
 WARMUP_MS = 25.0
+GRAPHS_KEPT = 64
 
 
 class Clock(Protocol):
@@ -65,7 +67,7 @@ def time_launches(
     Takes `rounds` rounds, or fewer (at least MIN_ROUNDS, if so many are asked for) once a function's samples would
     take more than `target_ms` on average. The first calls, which may compile, are not counted.
     """
-    launches = [_launches_per_sample(warm_up(fn, clock, warmup_ms)) for fn in fns]
+    launches = [launches_per_sample(warm_up(fn, clock, warmup_ms)) for fn in fns]
     samples: list[list[float]] = [[] for _ in fns]
     order, shuffle = list(range(len(fns))), random.Random(seed)
     spent_us = 0.0
@@ -93,7 +95,8 @@ def warm_up(fn: Fn, clock: Clock, warmup_ms: float) -> float:
         calls = min(MAX_LAUNCHES, 2 * calls, int(left_us / max(mean_us, 0.5)) + 1)
 
 
-def _launches_per_sample(call_us: float) -> int:
+def launches_per_sample(call_us: float) -> int:
+    """Launches that make a sample of at least MIN_SAMPLE_US."""
     return min(MAX_LAUNCHES, max(1, -int(-MIN_SAMPLE_US // max(call_us, 0.5))))
 
 
@@ -139,6 +142,58 @@ class CudaClock:
         return sum(float(start.elapsed_time(stop)) for start, stop in pairs) * 1e3 / launches
 
 
-def make_clock(device: torch.device | str) -> Clock:
-    """Events on a GPU, host time elsewhere."""
-    return CudaClock(device) if torch.device(device).type == "cuda" else WallClock()
+class GraphClock:
+    """CUDA events around replays of a graph that holds all launches of a sample.
+
+    With a cold cache the graph overwrites it before each launch; the time of a graph that does only that is taken off.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        l2_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size
+        self._flush = torch.empty(max(2 * l2_bytes, 64 << 20), dtype=torch.int8, device=self.device)
+        self._graphs: OrderedDict[tuple[int, int, bool], tuple[Fn, torch.cuda.CUDAGraph]] = OrderedDict()
+
+    def elapsed_us(self, fn: Fn, launches: int, cold_l2: bool) -> float:
+        """Mean microseconds of one of `launches` calls."""
+        with torch.cuda.device(self.device):
+            total_us = self._replay_us(self._graph(fn, launches, cold_l2))
+            if cold_l2:
+                total_us -= self._replay_us(self._graph(self._overwrite, launches, False))
+        return max(total_us, 0.1) / launches
+
+    def _overwrite(self) -> object:
+        return self._flush.zero_()
+
+    def _graph(self, fn: Fn, launches: int, cold_l2: bool) -> torch.cuda.CUDAGraph:
+        key = (hash(fn), launches, cold_l2)
+        if key not in self._graphs:
+            while len(self._graphs) >= GRAPHS_KEPT:
+                self._graphs.popitem(last=False)
+            fn()  # compiles, which no capture may
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for _ in range(launches):
+                    if cold_l2:
+                        self._overwrite()
+                    fn()
+            self._graphs[key] = (fn, graph)  # the function too, so that no other takes its place in memory
+        self._graphs.move_to_end(key)
+        return self._graphs[key][1]
+
+    def _replay_us(self, graph: torch.cuda.CUDAGraph) -> float:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        return float(start.elapsed_time(stop)) * 1e3
+
+
+def make_clock(device: torch.device | str, *, graph: bool = False) -> Clock:
+    """Events on a GPU, around single launches or replays of a graph; host time elsewhere."""
+    if torch.device(device).type != "cuda":
+        return WallClock()
+    return GraphClock(device) if graph else CudaClock(device)

@@ -10,14 +10,15 @@ from types import TracebackType
 from typing import Any
 
 from ..errors import WorkerError
-from ..spec import Config, Problem, canonical_json
+from ..spec import DEFAULT_POLICY, Config, Problem, canonical_json
+from .policy import get_policy
 from .process import ChildGone, ChildProcess, ChildSilent
 from .result import Status, TrialResult
 from .session import TOOLCHAIN
 
 MAX_CRASHES = 2  # of one variant
-MEASURE_ROUNDS = 20
-RACE_ROUNDS = 60
+MEASURE_ROUNDS, MEASURE_TARGET_MS = 5, 60.0  # a coarse time, of one variant alone
+RACE_ROUNDS, RACE_TARGET_MS = 60, 400.0
 STARTUP_S = 300.0  # importing torch from a cold network disk
 
 
@@ -33,10 +34,11 @@ class MeasureWorker:
         device: str = "cuda:0",
         timeout_s: float = 120.0,
         *,
+        policy: str = DEFAULT_POLICY,
         env: Mapping[str, str] | None = None,
         toolchain: str = TOOLCHAIN,
     ) -> None:
-        self.device, self.timeout_s = device, timeout_s
+        self.device, self.timeout_s, self.policy = device, timeout_s, get_policy(policy).name
         self._toolchain, self._env = toolchain, child_environment(os.environ, device, env or {})
         self._child: ChildProcess | None = None
         self._crashes: Counter[str] = Counter()
@@ -56,13 +58,24 @@ class MeasureWorker:
         return None if self._child is None else self._child.pid
 
     def measure(self, family: str, problem: Problem, config: Config, rounds: int = MEASURE_ROUNDS) -> TrialResult:
-        """Gate and time one config; every failure is a result."""
-        return self.race(family, problem, [config], rounds)[0]
+        """Gate and time one config, coarsely; every failure is a result."""
+        return self.race(family, problem, [config], rounds, target_ms=MEASURE_TARGET_MS)[0]
 
     def race(
-        self, family: str, problem: Problem, configs: Sequence[Config], rounds: int = RACE_ROUNDS
+        self,
+        family: str,
+        problem: Problem,
+        configs: Sequence[Config],
+        rounds: int = RACE_ROUNDS,
+        *,
+        sentinel: int | None = None,
+        target_ms: float = RACE_TARGET_MS,
     ) -> list[TrialResult]:
-        """Gate several configs and time those that pass, interleaved in one process; one result a config, in order."""
+        """Gate several configs and time those that pass, interleaved in one process; one result a config, in order.
+
+        `sentinel` is the index of the config whose time watches for drift, see `bench.race`.
+        """
+        timed = {"policy": self.policy, "target_ms": target_ms, "rounds": rounds}
         names = [canonical_json([family, problem.to_dict(), config]) for config in configs]
         results: dict[int, TrialResult] = {}
         while True:
@@ -74,7 +87,8 @@ class MeasureWorker:
                     open_.append(index)
             if not open_:
                 return [results[index] for index in range(len(configs))]
-            request = {"family": family, "configs": [configs[index] for index in open_], "rounds": rounds}
+            request = {"family": family, "configs": [configs[index] for index in open_], **timed}
+            request["sentinel"] = open_.index(sentinel) if sentinel in open_ else None
             decided = self._ask({**request, "problem": problem.to_dict()}, [names[index] for index in open_])
             results.update({open_[position]: result for position, result in decided.items()})
 
@@ -86,13 +100,18 @@ class MeasureWorker:
         time).
         """
         name = canonical_json([provider, problem.to_dict()])
-        request = {"provider": provider, "problem": problem.to_dict(), "rounds": rounds}
+        request = {"provider": provider, "problem": problem.to_dict(), "rounds": rounds, "policy": self.policy}
+        request |= {"target_ms": RACE_TARGET_MS, "sentinel": None}
         while self._crashes[name] < MAX_CRASHES:
             decided = self._ask(request, [name])
             self.close()
             if decided:
                 return decided[0]
         return self._last_words[name]
+
+    def renew(self) -> None:
+        """Measure in a new process from now on."""
+        self.close()
 
     def close(self) -> None:
         """End the child."""

@@ -11,7 +11,8 @@ from typing import Any, TextIO
 
 from ..codegen.lifetime import die_with_parent
 from ..spec import Problem
-from .session import MeasureSession
+from .policy import get_policy
+from .session import MeasureSession, Timer
 
 
 def serve(session: MeasureSession, requests: TextIO, answers: TextIO) -> None:
@@ -29,10 +30,11 @@ def serve(session: MeasureSession, requests: TextIO, answers: TextIO) -> None:
         def tell(index: int, stage: str) -> None:
             say(at=index, stage=stage)
 
+        timer = Timer(request["rounds"], get_policy(request["policy"]), request["target_ms"], request["sentinel"])
         if "provider" in request:
-            results = [session.library(request["provider"], problem, request["rounds"], tell)]
+            results = [session.library(request["provider"], problem, timer, tell)]
         else:
-            results = session.race(request["family"], problem, request["configs"], request["rounds"], tell)  # type: ignore[assignment]
+            results = session.race(request["family"], problem, request["configs"], timer, tell)  # type: ignore[assignment]
         say(results=[None if result is None else result.to_dict() for result in results], lost=session.lost)
         if session.lost:
             return

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from ..bench.policy import get_policy
+from ..spec import DEFAULT_POLICY
 from . import codesign_plan as planning
 from . import options
 from .codesign_run import execute
@@ -69,6 +71,7 @@ def codesign(
     target: Annotated[str | None, typer.Option("--target", help="Predict for this GPU; without a GPU cuda:90.")] = None,
     db: options.DbOption = None,
     device: Annotated[str, typer.Option("--device", help="The GPU to measure on.")] = "cuda:0",
+    policy: options.PolicyOption = DEFAULT_POLICY,
     jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Processes that compile.")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw all designs and the front into this file.")] = None,
     style: Annotated[Format, typer.Option("--format", help="The front as a table, or all designs.")] = Format.table,
@@ -116,6 +119,7 @@ def codesign(
         target=goal,
         db=db,
         device=device,
+        policy=get_policy(policy).name,
         jobs=jobs or os.cpu_count() or 1,
         plot=plot,
         style=style,

@@ -46,6 +46,7 @@ class Plan:
     target: str | None  # None measures
     db: str | None
     device: str
+    policy: str  # of measuring
     jobs: int
     plot: Path | None
     style: Format

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ..errors import InvalidInput
-from ..spec import KernelSpec, Problem, canonical_json
+from ..spec import Problem, canonical_json
 from .console import make_table, output
 from .db import Format
 
 if TYPE_CHECKING:
     from ..db.designs import DesignRecord
     from ..search.codesign import Study
+    from .codesign_plan import Plan
 
 COLUMNS = {  # of the table -> what they show
     "latency us": "latency_us",
@@ -37,22 +38,22 @@ COLUMNS = {  # of the table -> what they show
 LESS_IMPORTANT = ("locality", "p10")
 
 
-def report(study: Study, specs: Sequence[KernelSpec], records: Sequence[DesignRecord], style: Format) -> None:
+def report(study: Study, plan: Plan, records: Sequence[DesignRecord]) -> None:
     """Print the front, or with JSON and CSV every design, fastest first."""
     front = study.front(records)
-    if style is Format.table:
-        print_front(study, specs, records, front)
+    if plan.style is Format.table:
+        print_front(study, plan, records, front)
         return
     rows = [
-        row_of(study.base, specs, record, on_front=record in front)
+        row_of(plan, record, on_front=record in front)
         for record in sorted(records, key=lambda record: record.latency_us)
     ]
-    typer.echo(json.dumps(rows, indent=1) if style is Format.json else csv_text(rows), nl=style is Format.json)
+    typer.echo(
+        json.dumps(rows, indent=1) if plan.style is Format.json else csv_text(rows), nl=plan.style is Format.json
+    )
 
 
-def print_front(
-    study: Study, specs: Sequence[KernelSpec], records: Sequence[DesignRecord], front: Sequence[DesignRecord]
-) -> None:
+def print_front(study: Study, plan: Plan, records: Sequence[DesignRecord], front: Sequence[DesignRecord]) -> None:
     """The table, and for each point what puts it to use."""
     from ..search.pareto import hypervolume
 
@@ -61,16 +62,16 @@ def print_front(
     share = hypervolume(points, worst) / (worst[0] * worst[1]) if 0.0 not in worst else 0.0
     rows = []
     for number, record in enumerate(front, start=1):
-        row = row_of(study.base, specs, record, on_front=True)
+        row = row_of(plan, record, on_front=True)
         rows.append((number, *(row[name] for name in COLUMNS.values())))
     heading = f"front of {len(records)} designs, {basis(study)}"
     columns = ("point", *COLUMNS)
     output().print(make_table(heading, columns, rows, columns, LESS_IMPORTANT))
     output().print(f"hypervolume {share:.3f} of the box from zero to the worst of each", markup=False)
     for number, record in enumerate(front, start=1):
-        problem = problem_of(study.base, record)
-        kv_heads = f", num_kv_heads={problem.num_kv_heads}" if problem.num_kv_heads != study.base.num_kv_heads else ""
-        lines = (f"config={problem.nsa}{kv_heads}", tune_command(problem, specs), bench_command(problem))
+        problem = problem_of(plan.base, record)
+        kv_heads = f", num_kv_heads={problem.num_kv_heads}" if problem.num_kv_heads != plan.base.num_kv_heads else ""
+        lines = (f"config={problem.nsa}{kv_heads}", tune_command(problem, plan), bench_command(problem))
         output().print(f"{number}.", "\n   ".join(lines), markup=False, soft_wrap=True)
 
 
@@ -87,9 +88,9 @@ def problem_of(base: Problem, record: DesignRecord) -> Problem:
     return base.replace(nsa=record.config, num_kv_heads=base.num_q_heads // record.group_size)
 
 
-def row_of(base: Problem, specs: Sequence[KernelSpec], record: DesignRecord, *, on_front: bool) -> dict[str, Any]:
+def row_of(plan: Plan, record: DesignRecord, *, on_front: bool) -> dict[str, Any]:
     """A design as one flat row, with the commands that tune and re-measure it."""
-    problem = problem_of(base, record)
+    problem = problem_of(plan.base, record)
     numbers = ("latency_us", "mass_kept", "mass_kept_p10", "output_error", "locality")
     return {
         "on_front": on_front,
@@ -100,7 +101,7 @@ def row_of(base: Problem, specs: Sequence[KernelSpec], record: DesignRecord, *, 
         "gpu": record.fingerprint["gpu"],
         "parts_us": record.parts,
         "config": str(problem.nsa),
-        "tune": tune_command(problem, specs),
+        "tune": tune_command(problem, plan),
         "bench": bench_command(problem),
         "created": record.created,
         "tool_version": record.tool_version,
@@ -116,10 +117,11 @@ def csv_text(rows: Sequence[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def tune_command(problem: Problem, specs: Sequence[KernelSpec]) -> str:
-    """The command that tunes a point's kernels: at once, where this database has their winners."""
+def tune_command(problem: Problem, plan: Plan) -> str:
+    """The command that tunes a point's kernels; where this database has their winners, it only confirms them."""
     words = ["nsa-autotune", "tune", *shape_words(problem), "--phi-hidden", str(problem.phi_hidden)]
-    return shlex.join([*words, "--families", ",".join(spec.family for spec in specs)])
+    words += ["--policy", plan.policy, "--families", ",".join(spec.family for spec in plan.specs)]
+    return shlex.join(words)
 
 
 def bench_command(problem: Problem) -> str:

@@ -54,7 +54,7 @@ def execute(plan: Plan) -> int:
             interrupted = True
         records = study.stored(store)
         if records:
-            report(study, plan.specs, records, plan.style)
+            report(study, plan, records)
             if plan.plot is not None:
                 draw(study, records, plan.plot)
         if interrupted:
@@ -112,6 +112,7 @@ def study_facts(plan: Plan, activations: Activations) -> dict[str, Any]:
         "problem": problem,
         "kernels": {spec.family: template_digest(spec) for spec in plan.specs},
         "activations": dict(activations.origin),
+        "policy": plan.policy,
         "quality": {"definition": DEFINITION, "tokens": activations.tokens, "queries": plan.quality_queries},
     }
 
@@ -150,5 +151,8 @@ def kernel_latency(plan: Plan, store: TuningStore, display: CodesignDisplay) -> 
     from ..search.ahead import compile_ahead
 
     here = current(plan.device)
-    with MeasureWorker(plan.device) as worker:
-        yield Tuned(worker, store, here.to_dict(), budget, display, compile_ahead(here.capability, plan.jobs))
+    with (
+        MeasureWorker(plan.device, policy=plan.policy) as worker,
+        compile_ahead(here.capability, plan.jobs) as preparer,
+    ):
+        yield Tuned(worker, store, here.to_dict(), budget, display, preparer)

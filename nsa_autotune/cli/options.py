@@ -45,6 +45,9 @@ NsaOption = Annotated[
 DbOption = Annotated[
     str | None, typer.Option("--db", help="Database: a URL, such as sqlite:///tuned.sqlite or postgresql+psycopg://...")
 ]
+PolicyOption = Annotated[
+    str, typer.Option("--policy", help="How times are taken: eager-cold, eager-warm, graph-cold or graph-warm.")
+]
 
 
 def split(values: Iterable[str] | None, option: str = "") -> list[str]:
@@ -209,4 +212,4 @@ def choose_config(spec: KernelSpec, problem: Problem, changes: Mapping[str, str]
 
 def _value(param: Param, text: str) -> Value:
     """The param's value that is written so; the text itself if there is none, which the check then refuses."""
-    return next((value for value in param.values if str(value).lower() == text.lower()), text)
+    return next((value for value in param.widest if str(value).lower() == text.lower()), text)

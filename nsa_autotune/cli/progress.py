@@ -9,7 +9,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..search.progress import Outcome, Plan, TrialEvent
+from ..search.progress import WORKED, Outcome, Plan, TrialEvent
 from .console import gain_text, problem_text
 
 SHOWN_REASONS = 3  # most frequent reasons printed for a problem without a winner
@@ -62,7 +62,7 @@ class TuneDisplay:
 
     def trial(self, event: TrialEvent) -> None:
         """Move the bar."""
-        self._failed += event.record.status != "ok"
+        self._failed += event.record.status not in WORKED
         best = f"best {event.best_us:.1f} us, " if event.best_us is not None else ""
         state = f"{best}{event.number} trials, {self._failed} failed"
         self._bar.update(self._task, completed=event.spent, state=state)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..spec import KernelSpec, Problem
+from ..bench.policy import get_policy
+from ..spec import DEFAULT_POLICY, KernelSpec, Problem
 from . import options
 from .tune_run import Run, Work, execute
 
@@ -48,6 +50,7 @@ def tune(
     db: options.DbOption = None,
     retune: Annotated[bool, typer.Option("--retune", help="Measure tuned problems again.")] = False,
     device: Annotated[str, typer.Option("--device", help="The GPU to measure on.")] = "cuda:0",
+    policy: options.PolicyOption = DEFAULT_POLICY,
     check: Annotated[
         bool, typer.Option(help="Without a GPU: run small cases in Triton's interpreter before predicting.")
     ] = True,
@@ -76,7 +79,7 @@ def tune(
     specs = options.choose_specs(options.split(families, "--families"))
     work = plan_work(specs, choice.problems(NO_GPU_PRESET if goal else GPU_PRESET))
     total = choose_budget(budget, trials, minutes, len(work), predicting=goal is not None)
-    run = Run(tuple(work), total, db, device, goal, retune, jobs or os.cpu_count() or 1, check)
+    run = Run(tuple(work), total, db, device, goal, retune, jobs or os.cpu_count() or 1, check, get_policy(policy).name)
     raise typer.Exit(execute(run))
 
 
@@ -116,5 +119,5 @@ def choose_budget(
         return Budget(NAMED_BUDGETS[NO_GPU_BUDGET].max_trials, NO_GPU_MINUTES)
     chosen = parse_budget(name or GPU_BUDGET)
     if chosen in NAMED_BUDGETS.values() and chosen.max_minutes is not None:
-        return Budget(chosen.max_trials, chosen.max_minutes * parts)
+        return replace(chosen, max_minutes=chosen.max_minutes * parts)
     return chosen

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..errors import StoreError
-from ..spec import KernelSpec, Problem
+from ..spec import DEFAULT_POLICY, KernelSpec, Problem
 from .console import errors, gain_text, make_table, output, problem_text
 
 if TYPE_CHECKING:
     from ..bench.result import TrialResult
+    from ..bench.worker import MeasureWorker
+    from ..db.records import WinnerRecord
     from ..db.store import TuningStore
-    from ..search.budget import Budget
+    from ..search.budget import Budget, Meter
     from ..search.ranking import Prediction
     from .progress import TuneDisplay
 
+CONFIRM_SHARE = 0.1  # of the minutes, for racing the winners again
 LEAST_MINUTES = 0.05  # for a problem whose turn comes when the minutes are spent: time for its default config
 EXIT_NO_WINNER = 1
 EXIT_INTERRUPTED = 130
@@ -37,6 +40,7 @@ class Run:
     retune: bool
     jobs: int
     check: bool  # in the interpreter, before predicting
+    policy: str = DEFAULT_POLICY
 
 
 @dataclass(frozen=True)
@@ -79,19 +83,20 @@ def execute(run: Run) -> int:
 
 
 def measure(run: Run, store: TuningStore, display: TuneDisplay) -> None:
-    """Tune every problem on the device."""
+    """Tune every problem on the device, then race the winners again in a new process."""
     from ..bench.worker import MeasureWorker
     from ..dispatch.fingerprint import current
     from ..search.ahead import compile_ahead
+    from ..search.budget import Meter
     from ..search.tuner import tune_problem
 
-    here = current(run.device)
-    with MeasureWorker(run.device) as worker:
+    here, meter = current(run.device), Meter(run.budget)
+    with MeasureWorker(run.device, policy=run.policy) as worker, compile_ahead(here.capability, run.jobs) as preparer:
 
         def library(spec: KernelSpec, problem: Problem) -> TrialResult:
             return worker.measure_library(spec.library, problem)
 
-        for spec, problem, budget in shares(run.budget, run.work):
+        for spec, problem, budget in shares(search_budget(run.budget), run.work):
             tune_problem(
                 spec,
                 problem,
@@ -102,8 +107,43 @@ def measure(run: Run, store: TuningStore, display: TuneDisplay) -> None:
                 progress=display,
                 retune=run.retune,
                 library=library,
-                preparer=compile_ahead(here.capability, run.jobs),
+                preparer=preparer,
             )
+        if run.budget.confirm:
+            confirm(run, worker, store, display, here.to_dict(), meter)
+
+
+def search_budget(total: Budget) -> Budget:
+    """What is left of a budget for searching if winners are confirmed afterwards."""
+    if total.max_minutes is None or not total.confirm:
+        return total
+    return replace(total, max_minutes=(1 - CONFIRM_SHARE) * total.max_minutes)
+
+
+def confirm(
+    run: Run,
+    worker: MeasureWorker,
+    store: TuningStore,
+    display: TuneDisplay,
+    fingerprint: dict[str, str],
+    meter: Meter,
+) -> None:
+    """Race each provisional winner again in a new process, as long as there are minutes."""
+    from ..codegen.render import template_digest
+    from ..search.confirm import confirm_winner
+    from ..search.task import Task
+
+    worker.renew()
+    for number, outcome in enumerate(display.outcomes):
+        if outcome.winner is None or outcome.winner.verdict != "provisional":
+            continue
+        if run.budget.max_minutes is not None and meter.minutes >= run.budget.max_minutes:
+            display.note("the minutes are spent: winners that no second process confirmed stay provisional")
+            return
+        spec, problem = outcome.spec, outcome.problem
+        display.say(f"confirming {spec.family} {problem_text(problem.to_dict(), spec.family)}")
+        task = Task(spec, problem, fingerprint, template_digest(spec), run.policy)
+        display.outcomes[number] = replace(outcome, winner=confirm_winner(task, measurer=worker, store=store))
 
 
 def check_in_interpreter(run: Run, display: TuneDisplay) -> bool:
@@ -143,15 +183,13 @@ def predict(run: Run, store: TuningStore, display: TuneDisplay, target: str, gue
 
 def shares(total: Budget, work: Sequence[Work]) -> Iterator[tuple[KernelSpec, Problem, Budget]]:
     """Each problem with its budget: the minutes that are left, divided among the problems that are left."""
-    from ..search.budget import Budget
-
     start = time.monotonic()
     for number, (spec, problem) in enumerate(work):
         if total.max_minutes is None:
             yield spec, problem, total
             continue
         left = total.max_minutes - (time.monotonic() - start) / 60
-        yield spec, problem, Budget(total.max_trials, max(LEAST_MINUTES, left / (len(work) - number)))
+        yield spec, problem, replace(total, max_minutes=max(LEAST_MINUTES, left / (len(work) - number)))
 
 
 def print_winners(display: TuneDisplay) -> bool:
@@ -161,18 +199,25 @@ def print_winners(display: TuneDisplay) -> bool:
         winner = outcome.winner
         head = (outcome.spec.family, problem_text(outcome.problem.to_dict(), outcome.spec.family))
         if winner is None:
-            rows.append((*head, outcome.kind, None, "", None, ""))
+            rows.append((*head, outcome.kind, None, "", "", None, ""))
             continue
         gain = gain_text(winner.default_median_us, winner.median_us)
-        rows.append((*head, winner.median_us, winner.default_median_us, gain, winner.library_median_us, winner.library))
-    columns = ("family", "problem", "winner us", "default us", "gain", "library us", "library")
-    less = ("library", "library us", "default us")
-    output().print(make_table("winners, medians of the final race", columns, rows, columns[2:6], less))
+        times = (winner.median_us, winner.default_median_us, gain, verdict_text(winner))
+        rows.append((*head, *times, winner.library_median_us, winner.library))
+    columns = ("family", "problem", "winner us", "default us", "gain", "verdict", "library us", "library")
+    less = ("library", "library us", "default us", "verdict")
+    numbers = ("winner us", "default us", "gain", "library us")
+    output().print(make_table("winners, medians of the final race", columns, rows, numbers, less))
     failed = [outcome for outcome in display.outcomes if outcome.kind == "failed"]
     if failed:
         text = f"{len(failed)} problems have no winner: nsa-autotune db query --table trials --family FAMILY"
         errors().print(text, style="red", markup=False, soft_wrap=True)
     return not failed
+
+
+def verdict_text(winner: WinnerRecord) -> str:
+    """How sure a winner is, and how many configs it is tied with."""
+    return f"{winner.verdict}, {len(winner.tied)} tied" if winner.tied else winner.verdict
 
 
 def print_predictions(target: str, guesses: Sequence[Guess]) -> bool:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
-import subprocess
-import tempfile
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +12,7 @@ import torch
 from ..errors import KernelError
 from ..spec import Config, KernelSpec, Problem
 from .load import explain, load
+from .machine_code import join_shas, machine_code_sha, usage_of
 from .render import Rendered, render
 from .shapes import INDEX_FILLS, resolve_dtype, resolve_shape, symbol_sizes
 from .target import Target, absent_gpu, parse_target, shared_limit_bytes
@@ -30,9 +26,9 @@ class Resources:
 
     registers: int  # a thread
     shared_bytes: int  # dynamic, a program
-    spill_bytes: int  # stack frame a thread
+    spill_bytes: int  # a thread
     num_warps: int
-    binary_sha: str  # over all kernels of the variant
+    binary_sha: str  # identity of the machine code of all kernels of the variant
     compile_ms: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,7 +70,7 @@ def compile_variant(spec: KernelSpec, problem: Problem, config: Config, target: 
     except Exception as error:  # whatever the compiler raises is this variant's failure, told with its template lines
         raise KernelError(f"{spec.family} does not compile for {target}: {explain(error, rendered)}") from error
     compile_ms = (time.perf_counter() - started) * 1e3
-    resources = combine_resources([_read(kernel, goal) for kernel in kernels], compile_ms)
+    resources = combine_resources([_read(kernel) for kernel in kernels], compile_ms)
     _check_fits(resources, goal, rendered)
     return resources
 
@@ -86,7 +82,7 @@ def combine_resources(parts: list[Resources], compile_ms: float) -> Resources:
         shared_bytes=max(part.shared_bytes for part in parts),
         spill_bytes=max(part.spill_bytes for part in parts),
         num_warps=max(part.num_warps for part in parts),
-        binary_sha=hashlib.sha256("".join(part.binary_sha for part in parts).encode()).hexdigest()[:20],
+        binary_sha=join_shas([part.binary_sha for part in parts]),
         compile_ms=compile_ms,
     )
 
@@ -100,42 +96,13 @@ def _check_fits(resources: Resources, target: Target, rendered: Rendered) -> Non
         )
 
 
-def _read(kernel: Any, target: Target) -> Resources:
-    binary = kernel.asm["cubin"]
-    registers, stack = _registers_and_stack(binary)
+def _read(kernel: Any) -> Resources:
+    usage = usage_of(kernel)
     return Resources(
-        registers=registers,
+        registers=usage.registers,
         shared_bytes=int(kernel.metadata.shared),
-        spill_bytes=stack,
+        spill_bytes=usage.spill_bytes,
         num_warps=int(kernel.metadata.num_warps),
-        binary_sha=hashlib.sha256(_code_of(kernel)).hexdigest(),
+        binary_sha=machine_code_sha(kernel),
         compile_ms=0.0,
     )
-
-
-def _code_of(kernel: Any) -> bytes:
-    """PTX without comments, debug directives and kernel names: equal for variants that only differ in spelling."""
-    ptx = kernel.asm["ptx"]
-    lines = (line.split("//")[0].strip() for line in ptx.splitlines())
-    kept = [line for line in lines if line and not line.startswith((".loc", ".file", ".section"))]
-    return "\n".join([*kept, str(kernel.metadata.shared), str(kernel.metadata.num_warps)]).encode()
-
-
-def _registers_and_stack(binary: bytes) -> tuple[int, int]:
-    """Registers a thread and stack bytes, from the disassembler that Triton carries."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not tool.exists():
-        raise KernelError("reading registers needs Triton's cuobjdump", {"file": str(tool)}, "Reinstall triton.")
-    handle, name = tempfile.mkstemp(suffix=".cubin")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(binary)
-        done = subprocess.run([str(tool), "-res-usage", name], capture_output=True, text=True, timeout=60, check=False)
-    finally:
-        Path(name).unlink(missing_ok=True)
-    found = re.search(r"REG:(\d+)\s+STACK:(\d+)", done.stdout)
-    if found is None:
-        raise KernelError("a binary must tell its registers", {"output": (done.stdout + done.stderr)[-300:]})
-    return int(found.group(1)), int(found.group(2))

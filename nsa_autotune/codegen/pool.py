@@ -7,7 +7,8 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -17,6 +18,8 @@ from ..errors import InvalidConfig, InvalidProblem, KernelError, NSAError, Rende
 from ..spec import Config, KernelSpec, Problem
 from .compile import Resources, compile_variant, need_compiler
 from .lifetime import die_with_parent
+
+JOBS_AHEAD = 2  # with a child: the one it compiles, and the next
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,8 @@ class CompileOutcome:
 class _Child:
     process: Any
     pipe: Connection
-    job: CompileJob | None = None
-    deadline: float = field(default=float("inf"))
+    jobs: deque[CompileJob] = field(default_factory=deque)  # the first is being compiled
+    deadline: float = float("inf")  # of the first
 
 
 def _compile(spec: KernelSpec, job: CompileJob, target: str) -> CompileOutcome:
@@ -99,6 +102,93 @@ def _stop(child: _Child) -> None:
     child.pipe.close()
 
 
+class CompilePool:
+    """Processes that compile what is submitted while their owner does other things; close it when done.
+
+    A compiler that crashes or runs past `timeout_s` costs the variant it worked on. Children are forked by the thread
+    that calls, so one thread at a time. `specs` holds the spec of every family that jobs may name.
+    """
+
+    def __init__(self, specs: dict[str, KernelSpec], target: str, processes: int, timeout_s: float) -> None:
+        need_compiler()
+        import triton  # noqa: F401 - imported once here, inherited by every child
+
+        self._specs, self._target, self._timeout_s = specs, target, timeout_s
+        self._waiting: deque[CompileJob] = deque()
+        self._children: list[_Child] = []
+        self._processes = processes
+
+    @property
+    def is_idle(self) -> bool:
+        """True if nothing is under way."""
+        return not self._waiting and not any(child.jobs for child in self._children)
+
+    def submit(self, jobs: Iterable[CompileJob]) -> None:
+        """Queue jobs behind those that wait."""
+        self._waiting.extend(jobs)
+        while len(self._children) < min(self._processes, len(self._waiting)):
+            self._children.append(_start(self._specs, self._target))
+        self._hand_out()
+
+    def wait(self) -> list[CompileOutcome]:
+        """The outcomes that are there, after waiting for one; empty if nothing is under way."""
+        found: list[CompileOutcome] = []
+        while not found and not self.is_idle:
+            self._hand_out()
+            found = list(self._collect())
+        self._hand_out()
+        return found
+
+    def cancel(self) -> None:
+        """Forget what waits; what was handed out is compiled and told still."""
+        self._waiting.clear()
+
+    def close(self) -> None:
+        """End all processes, the assemblers that they started too."""
+        self.cancel()
+        while self._children:
+            _stop(self._children.pop())
+
+    def _hand_out(self) -> None:
+        """Give each child a job, then a second one that it finds when it is done with the first."""
+        for depth in range(JOBS_AHEAD):
+            for child in self._children:
+                if len(child.jobs) == depth and self._waiting:
+                    job = self._waiting.popleft()
+                    if not child.jobs:
+                        child.deadline = time.monotonic() + self._timeout_s
+                    child.jobs.append(job)
+                    with suppress(BrokenPipeError):  # it died: _collect finds out
+                        child.pipe.send(job)
+
+    def _collect(self) -> Iterator[CompileOutcome]:
+        """Answers, deaths and overruns of the busy children; blocks for at most a fifth of a second."""
+        ready = wait([child.pipe for child in self._children if child.jobs], timeout=0.2)
+        now = time.monotonic()
+        for index, child in enumerate(self._children):
+            if child.jobs and child.pipe in ready:
+                try:
+                    outcome = child.pipe.recv()
+                except (EOFError, ConnectionResetError):
+                    child.process.join()
+                    yield self._lose(index, "crash", f"the compiler died, exit code {child.process.exitcode}")
+                    continue
+                child.jobs.popleft()
+                child.deadline = now + self._timeout_s
+                yield outcome
+            elif child.jobs and now > child.deadline:
+                yield self._lose(index, "timeout", "the compiler ran past its time limit")
+
+    def _lose(self, index: int, status: str, reason: str) -> CompileOutcome:
+        """Replace a child; the job that it worked on is to blame, the one behind it goes back."""
+        child = self._children[index]
+        _stop(child)
+        job = child.jobs.popleft()
+        self._waiting.extendleft(reversed(child.jobs))
+        self._children[index] = _start(self._specs, self._target)
+        return CompileOutcome(job, status, reason)
+
+
 def compile_many(
     specs: dict[str, KernelSpec],
     jobs: Sequence[CompileJob],
@@ -107,46 +197,10 @@ def compile_many(
     timeout_s: float = 60.0,
 ) -> Iterator[CompileOutcome]:
     """Outcomes as they come; `specs` holds the spec of every family named by the jobs."""
-    need_compiler()
-    import triton  # noqa: F401 - imported once here, inherited by every child
-
-    waiting = list(reversed(jobs))
-    count = min(processes or os.cpu_count() or 1, len(waiting))
-    children = [_start(specs, target) for _ in range(count)]
+    pool = CompilePool(specs, target, processes or os.cpu_count() or 1, timeout_s)
     try:
-        while waiting or any(child.job for child in children):
-            for child in children:
-                if child.job is None and waiting:
-                    child.job = waiting.pop()
-                    child.deadline = time.monotonic() + timeout_s
-                    child.pipe.send(child.job)
-            for index, outcome in _collect(children):
-                if outcome.status in ("timeout", "crash"):
-                    _stop(children[index])
-                    children[index] = _start(specs, target)
-                children[index].job = None
-                yield outcome
+        pool.submit(jobs)
+        while outcomes := pool.wait():
+            yield from outcomes
     finally:
-        for child in children:
-            _stop(child)
-
-
-def _collect(children: list[_Child]) -> Iterator[tuple[int, CompileOutcome]]:
-    """Answers, deaths and overruns of the busy children; blocks for at most a fifth of a second."""
-    busy = [child for child in children if child.job is not None]
-    ready = wait([child.pipe for child in busy], timeout=0.2)
-    now = time.monotonic()
-    for index, child in enumerate(children):
-        if child.job is None:
-            continue
-        if child.pipe in ready:
-            try:
-                yield index, child.pipe.recv()
-            except (EOFError, ConnectionResetError):
-                child.process.join()
-                yield (
-                    index,
-                    CompileOutcome(child.job, "crash", f"the compiler died, exit code {child.process.exitcode}"),
-                )
-        elif now > child.deadline:
-            yield index, CompileOutcome(child.job, "timeout", "the compiler ran past its time limit")
+        pool.close()

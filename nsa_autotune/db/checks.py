@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 from ..errors import StoreError
 
-STATUSES = ("ok", "constraint", "render", "compile", "resource", "accuracy", "runtime", "timeout", "crash")
+STATUSES = ("ok", "same_code", "constraint", "render", "compile", "resource", "accuracy", "runtime", "timeout", "crash")
 KINDS = ("measured", "predicted")
-STAGES = ("search", "final", "baseline")
+STAGES = ("search", "final", "confirm", "baseline")
+RACED = "raced"  # one race in one process, without intervals: what versions before 0.2 stored
+VERDICTS = (RACED, "provisional", "confirmed", "carried")
 SOURCES = ("shipped", "imported", "local")  # a later one is never overwritten by an earlier one
 
 MAX_DEPTH = 6  # of nested JSON in a record
@@ -105,6 +107,19 @@ def _one_of(values: tuple[str, ...]) -> Rule:
     return Rule(f"one of {', '.join(values)}", lambda value: isinstance(value, str) and value in values)
 
 
+def _is_rivals(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(_is_rival(item) for item in value)
+
+
+def _is_rival(value: object) -> bool:
+    if not isinstance(value, dict) or value.keys() != {"config", "tied", "blocks", "log_ratio", "low", "high"}:
+        return False
+    numbers = [value[name] for name in ("log_ratio", "low", "high")]
+    finite = all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
+    counted = isinstance(value["blocks"], int) and not isinstance(value["blocks"], bool) and value["blocks"] > 0
+    return finite and counted and isinstance(value["tied"], bool) and _is_scalars(value["config"])
+
+
 TEXT = Rule("a string without NUL or lone surrogates", _is_text)
 NAME = Rule("a string that is not empty", lambda value: _is_text(value) and value != "")
 NUMBER = Rule("a finite number, not negative", _is_number)
@@ -119,6 +134,7 @@ _SHARED = {
     "problem_key": Rule("a string with a JSON object", _is_json_object),
     "config": SCALARS,
     "template_digest": TEXT,
+    "policy": NAME,
     "created": Rule("an ISO 8601 time in UTC", _is_utc),
     "tool_version": NAME,
 }
@@ -133,6 +149,7 @@ TRIAL_RULES: Mapping[str, Rule] = {
     "stage": _one_of(STAGES),
     "resources": _or_none(SCALARS),
     "predicted_us": _or_none(NUMBER),
+    "environment": _or_none(SCALARS),
 }
 WINNER_RULES: Mapping[str, Rule] = {
     **_SHARED,
@@ -144,6 +161,9 @@ WINNER_RULES: Mapping[str, Rule] = {
     "library": TEXT,
     "library_median_us": _or_none(POSITIVE),
     "source": _one_of(SOURCES),
+    "verdict": _one_of(VERDICTS),
+    "rivals": Rule("a list of configs with tied, blocks, log_ratio, low and high", _is_rivals),
+    "resources": _or_none(SCALARS),
 }
 DESIGN_RULES: Mapping[str, Rule] = {
     **{name: _SHARED[name] for name in ("fingerprint", "created", "tool_version")},

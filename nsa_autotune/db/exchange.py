@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import StoreError
-from ..spec import SCHEMA_VERSION, canonical_json
-from .checks import shorten
+from ..spec import DEFAULT_POLICY, canonical_json
+from .checks import RACED, shorten
 from .records import TrialRecord, WinnerRecord
 
 MAX_LINE_BYTES = 1_000_000
+LINE_VERSION = 2
+FIRST_VERSION_LACKS: dict[str, dict[str, Any]] = {  # what version 1 did not know, by record
+    "winner": {"policy": DEFAULT_POLICY, "verdict": RACED, "rivals": [], "resources": None},
+    "trial": {"policy": DEFAULT_POLICY, "environment": None},
+}
 RECORD_TYPES: dict[str, type[TrialRecord] | type[WinnerRecord]] = {"winner": WinnerRecord, "trial": TrialRecord}
 
 
@@ -31,7 +36,7 @@ class ImportSummary:
 def format_line(record: TrialRecord | WinnerRecord) -> str:
     """One record as one line of canonical JSON."""
     name = "winner" if isinstance(record, WinnerRecord) else "trial"
-    line = canonical_json({"schema_version": SCHEMA_VERSION, "record": name, **record.to_dict()})
+    line = canonical_json({"schema_version": LINE_VERSION, "record": name, **record.to_dict()})
     if len(line) > MAX_LINE_BYTES:
         raise StoreError(
             f"a line must not exceed {MAX_LINE_BYTES} bytes", {"family": record.family, "bytes": len(line)}
@@ -92,12 +97,16 @@ def _parse_line(line: bytes) -> TrialRecord | WinnerRecord:
     if not isinstance(data, dict):
         raise StoreError("a line must be a JSON object", {"line": shorten(data)})
     version, name = data.pop("schema_version", None), data.pop("record", None)
-    if isinstance(version, bool) or version != SCHEMA_VERSION:
+    if isinstance(version, bool) or version not in (1, LINE_VERSION):
         raise StoreError(
-            f"schema_version must be {SCHEMA_VERSION}", {"schema_version": shorten(version)}, "Upgrade nsa-autotune."
+            f"schema_version must be 1 or {LINE_VERSION}",
+            {"schema_version": shorten(version)},
+            "Upgrade nsa-autotune.",
         )
     if not isinstance(name, str) or name not in RECORD_TYPES:
         raise StoreError(f"record must be one of {', '.join(RECORD_TYPES)}", {"record": shorten(name)})
+    if version == 1:
+        data = {**FIRST_VERSION_LACKS[name], **data}
     return RECORD_TYPES[name].from_dict(data)
 
 

@@ -1,7 +1,9 @@
-"""Bring a database to the newest schema, in one transaction, without alembic.ini."""
+"""Bring a database to the newest schema, in one transaction, without alembic.ini; an older file is copied first."""
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 from alembic import command
@@ -43,8 +45,23 @@ def ensure_schema(engine: Engine, location: Location, *, read_only: bool) -> Non
         )
     with for_writing(engine).begin() as connection:
         lock_setup(connection)
-        _check_known(current_revision(connection), location)  # another process may have migrated while we waited
+        revision = current_revision(connection)
+        _check_known(revision, location)  # another process may have migrated while we waited
+        if revision is not None and revision != head_revision() and location.path is not None:
+            back_up(location.path, revision)
         upgrade(connection)
+
+
+def back_up(path: Path, revision: str) -> Path:
+    """Copy a SQLite database as it is committed now to `<name>.<revision>.bak` beside it; an older copy stays."""
+    copy = path.with_name(f"{path.name}.{revision}.bak")
+    if copy.exists():
+        return copy
+    partial = path.with_name(f"{copy.name}.partial")
+    with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(partial)) as target:
+        source.backup(target)
+    partial.replace(copy)
+    return copy
 
 
 def lock_setup(connection: Connection) -> None:

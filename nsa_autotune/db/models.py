@@ -9,7 +9,8 @@ from sqlalchemy import Dialect, Double, ForeignKey, Index, MetaData, String, Tex
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
-from ..spec import canonical_json
+from ..spec import DEFAULT_POLICY, canonical_json
+from .checks import RACED
 
 NAMING = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -43,6 +44,7 @@ class Base(DeclarativeBase):
         float: Double,
         dict[str, Any]: CanonicalJSON,
         list[float]: CanonicalJSON,
+        list[dict[str, Any]]: CanonicalJSON,
     }
 
 
@@ -103,12 +105,14 @@ class TrialRow(Base):
     max_error: Mapped[float | None]
     baseline_error: Mapped[float | None]
     predicted_us: Mapped[float | None]
+    policy: Mapped[str] = mapped_column(server_default=DEFAULT_POLICY)
+    environment: Mapped[dict[str, Any] | None]
     created: Mapped[str]
     tool_version: Mapped[str]
 
 
 class WinnerRow(Base):
-    """What is served: one row for each (fingerprint, family, problem key, template); `digest` is their natural key."""
+    """What is served: one row for each (fingerprint, family, problem key, template, policy); `digest` is their key."""
 
     __tablename__ = "nsa_winners"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -125,6 +129,10 @@ class WinnerRow(Base):
     default_median_us: Mapped[float | None]
     library: Mapped[str]
     library_median_us: Mapped[float | None]
+    policy: Mapped[str] = mapped_column(server_default=DEFAULT_POLICY)
+    verdict: Mapped[str] = mapped_column(server_default=RACED)
+    rivals: Mapped[list[dict[str, Any]]] = mapped_column(server_default="[]")
+    resources: Mapped[dict[str, Any] | None]
     created: Mapped[str]
     tool_version: Mapped[str]
     source: Mapped[str]

@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Self
 
 from .. import __version__
 from ..errors import NSAError, StoreError
-from ..spec import Problem, digest
-from .checks import TRIAL_RULES, WINNER_RULES, Rule, check_fields
+from ..spec import DEFAULT_POLICY, Problem, digest
+from .checks import RACED, TRIAL_RULES, WINNER_RULES, Rule, check_fields
 
 MAX_REASON_CHARS = 8000  # a compiler's whole output would swell every export
 
@@ -59,7 +59,8 @@ class _Record:
             Problem.from_dict(data["problem"])
         except (NSAError, TypeError, ValueError) as error:
             raise StoreError("problem must be a valid problem", {"problem": data["problem"]}, str(error)) from error
-        return cls(**{**data, "samples_us": tuple(data["samples_us"])})
+        lists = {name: tuple(data[name]) for name in ("samples_us", "rivals") if name in data}
+        return cls(**{**data, **lists})
 
     @property
     def fingerprint_digest(self) -> str:
@@ -107,6 +108,8 @@ class TrialRecord(_Record):
     max_error: float | None = None
     baseline_error: float | None = None
     predicted_us: float | None = None
+    policy: str = DEFAULT_POLICY  # how the time was taken
+    environment: dict[str, Any] | None = None  # clocks, temperature, power and neighbours on the GPU meanwhile
     created: str = field(default_factory=utc_now)
     tool_version: str = field(default_factory=tool_version)
 
@@ -123,7 +126,7 @@ class TrialRecord(_Record):
     @property
     def digest(self) -> str:
         """Natural key: the digest of the whole record, so that importing it twice adds nothing."""
-        return digest(self.to_dict())
+        return digest(_without_defaults(self.to_dict(), policy=DEFAULT_POLICY, environment=None))
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,10 @@ class WinnerRecord(_Record):
     default_median_us: float | None = None
     library: str = ""  # provider measured beside it, if any
     library_median_us: float | None = None
+    policy: str = DEFAULT_POLICY  # how the times were taken
+    verdict: str = RACED  # or provisional, confirmed (by a second process), carried (from other versions, same code)
+    rivals: tuple[dict[str, Any], ...] = ()  # log(rival / winner) with its interval, and whether they are tied
+    resources: dict[str, Any] | None = None
     created: str = field(default_factory=utc_now)
     tool_version: str = field(default_factory=tool_version)
     source: str = "local"  # or imported, shipped
@@ -149,13 +156,24 @@ class WinnerRecord(_Record):
 
     @property
     def digest(self) -> str:
-        """Natural key: fingerprint, family, problem key and template."""
-        return digest([self.fingerprint, self.family, self.problem_key, self.template_digest])
+        """Natural key: fingerprint, family, problem key, template and policy."""
+        key: list[Any] = [self.fingerprint, self.family, self.problem_key, self.template_digest]
+        return digest(key if self.policy == DEFAULT_POLICY else [*key, self.policy])  # as before there were policies
 
     @property
     def speedup(self) -> float | None:
         """Default config's median over the winner's, if the default was measured."""
         return None if self.default_median_us is None else self.default_median_us / self.median_us
+
+    @property
+    def tied(self) -> list[dict[str, Any]]:
+        """Configs that the races could not tell from the winner."""
+        return [rival["config"] for rival in self.rivals if rival["tied"]]
+
+
+def _without_defaults(values: dict[str, Any], **defaults: object) -> dict[str, Any]:
+    """Fields of a later schema count once they say something: records from before keep their names."""
+    return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
 
 def _as_float(value: Any) -> Any:

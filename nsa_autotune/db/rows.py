@@ -32,8 +32,9 @@ TRIAL_FILTERS = {
     "kind": TrialRow.kind,
     "stage": TrialRow.stage,
     "provider": TrialRow.provider,
+    "policy": TrialRow.policy,
 }
-WINNER_FILTERS = {**_SHARED_FILTERS, "source": WinnerRow.source}
+WINNER_FILTERS = {**_SHARED_FILTERS, "source": WinnerRow.source, "policy": WinnerRow.policy}
 
 
 def insert_trial(session: Session, record: TrialRecord) -> int:
@@ -48,7 +49,7 @@ def upsert_winner(session: Session, record: WinnerRecord, origin: str = "") -> b
     record.check()
     values = {name: getattr(record, name) for name in WINNER_FIELDS}
     values |= _references(session, record)
-    values |= {"samples_us": list(record.samples_us), "origin": origin}
+    values |= {"samples_us": list(record.samples_us), "rivals": list(record.rivals), "origin": origin}
     values["trial_id"] = _evidence(session, values)
     found = session.scalar(select(WinnerRow).where(WinnerRow.digest == record.digest).with_for_update())
     if found is None:
@@ -120,7 +121,7 @@ def trial_of(trial: TrialRow, fingerprint: FingerprintRow, problem: ProblemRow, 
 def winner_of(winner: WinnerRow, fingerprint: FingerprintRow, problem: ProblemRow, variant: VariantRow) -> WinnerRecord:
     """The record that a row was made from."""
     own = {name: getattr(winner, name) for name in WINNER_FIELDS}
-    own["samples_us"] = tuple(winner.samples_us)
+    own |= {"samples_us": tuple(winner.samples_us), "rivals": tuple(winner.rivals)}
     return WinnerRecord(
         fingerprint=dict(fingerprint.facts),
         family=problem.family,

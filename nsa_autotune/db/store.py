@@ -95,6 +95,7 @@ class TuningStore:
         kind: str = "measured",
         stage: str | None = None,
         provider: str | None = None,
+        policy: str | None = None,
         limit: int | None = None,
     ) -> list[TrialRecord]:
         """Trials that equal every value given, newest first; predictions only with kind='predicted'."""
@@ -108,12 +109,13 @@ class TuningStore:
             "kind": kind,
             "stage": stage,
             "provider": provider,
+            "policy": policy,
         }
         with self._transaction() as session:
             return read_trials(session, where, limit)
 
     def set_winner(self, record: WinnerRecord) -> bool:
-        """Store the winner of (fingerprint, family, problem key, template) in the place of the one before.
+        """Store the winner of (fingerprint, family, problem key, template, policy) in the place of the one before.
 
         False if that one came from a higher source (local, then imported, then shipped) and stays.
         """
@@ -130,6 +132,7 @@ class TuningStore:
         problem_key: str | None = None,
         template_digest: str | None = None,
         source: str | None = None,
+        policy: str | None = None,
     ) -> list[WinnerRecord]:
         """Winners that equal every value given, newest first; `gpu` alone loads all of one GPU in one query."""
         where = {
@@ -140,6 +143,7 @@ class TuningStore:
             "problem_key": problem_key,
             "template_digest": template_digest,
             "source": source,
+            "policy": policy,
         }
         with self._transaction() as session:
             return read_winners(session, where)

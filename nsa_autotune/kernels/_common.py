@@ -9,8 +9,8 @@ from ..spec import ELEMENT_BYTES, Argument, Config, Constraint, Param, Problem, 
 SHARED_LIMIT_BYTES = 232_448  # largest dynamic shared memory of any supported GPU (sm_90, sm_100)
 MAX_THREAD_REGISTERS = 240  # of 255, some are needed for addresses
 
-NUM_WARPS = Param("num_warps", (2, 4, 8), "warps of a program")
-NUM_STAGES = Param("num_stages", (1, 2, 3, 4), "depth of the software pipeline of key tiles")
+NUM_WARPS = Param("num_warps", (2, 4, 8), "warps of a program", reserve=(1, 16))
+NUM_STAGES = Param("num_stages", (1, 2, 3, 4), "depth of the software pipeline of key tiles", reserve=(5, 6))
 MAXNREG = Param("maxnreg", (0, 128, 168, 224), "registers a thread may use; 0 leaves it to the compiler")
 USE_TMA = Param("use_tma", (False, True), "load key tiles with tensor-memory-access descriptors", structural=True)
 SPLIT_MASK = Param("split_mask", (False, True), "peel off the key tiles that every row sees whole", structural=True)
@@ -134,7 +134,7 @@ TMA_16_BIT = Constraint(
 
 TILE_PARAMS = (
     Param("BLOCK_T", (1, 2, 4, 8, 16, 32, 64, 128), "query tokens a tile"),
-    Param("BLOCK_N", (16, 32, 64, 128), "keys a tile"),
+    Param("BLOCK_N", (16, 32, 64, 128), "keys a tile", reserve=(256,)),
 )
 TILE_CONSTRAINTS = (ROWS_16_TO_128, NO_IDLE_TOKENS, ACCUMULATORS_FIT, TILES_FIT, TMA_16_BIT)
 

@@ -64,7 +64,7 @@ SPEC = KernelSpec(
     nsa_fields=("compress_block_size", "compress_stride"),
     params=(
         Param("BLOCK_K", (1, 2, 4, 8, 16, 32, 64), "rows a program, each one key token of one kv head"),
-        Param("num_warps", (1, 2, 4, 8), "warps of a program"),
+        Param("num_warps", (1, 2, 4, 8), "warps of a program", reserve=(16,)),
         Param("num_stages", (1, 2, 4), "depth of the software pipeline"),
     ),
     constraints=(

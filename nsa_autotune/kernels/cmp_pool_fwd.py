@@ -61,8 +61,8 @@ SPEC = KernelSpec(
     problem_fields=("batch", "seq_k", "num_kv_heads", "d_qk", "dtype", "layout"),
     nsa_fields=("compress_block_size", "compress_stride"),
     params=(
-        Param("BLOCK_C", (1, 2, 4, 8, 16, 32), "compressed rows a program"),
-        Param("num_warps", (1, 2, 4, 8), "warps of a program"),
+        Param("BLOCK_C", (1, 2, 4, 8, 16, 32), "compressed rows a program", reserve=(64,)),
+        Param("num_warps", (1, 2, 4, 8), "warps of a program", reserve=(16,)),
         Param("num_stages", (1, 2, 4), "depth of the software pipeline"),
     ),
     constraints=(

@@ -60,7 +60,7 @@ SPEC = KernelSpec(
     nsa_fields=(),
     params=(
         Param("BLOCK_R", (1, 2, 4, 8, 16, 32, 64), "rows a program, each one token of one query head"),
-        Param("num_warps", (1, 2, 4, 8), "warps of a program"),
+        Param("num_warps", (1, 2, 4, 8), "warps of a program", reserve=(16,)),
     ),
     constraints=(Constraint("four tiles must fit in 240 registers a thread", _tiles_fit),),
     rules=(),

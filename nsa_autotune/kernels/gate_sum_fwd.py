@@ -47,8 +47,8 @@ SPEC = KernelSpec(
     problem_fields=("batch", "seq_q", "num_q_heads", "d_v", "dtype"),
     nsa_fields=(),
     params=(
-        Param("BLOCK", (512, 1024, 2048, 4096, 8192), "elements a program"),
-        Param("num_warps", (2, 4, 8), "warps of a program"),
+        Param("BLOCK", (512, 1024, 2048, 4096, 8192), "elements a program", reserve=(256, 16384)),
+        Param("num_warps", (2, 4, 8), "warps of a program", reserve=(1, 16)),
     ),
     constraints=(),
     rules=(),

@@ -74,7 +74,12 @@ SPEC = KernelSpec(
     params=(
         Param("BLOCK_T", (1, 2, 4, 8, 16, 32, 64), "query tokens a tile"),
         Param("BLOCK_N", (16, 32, 64, 128), "keys a tile"),
-        Param("CHUNK", (512, 1024, 2048, 4096), "entries of a block's token list that one program walks"),
+        Param(
+            "CHUNK",
+            (512, 1024, 2048, 4096),
+            "entries of a block's token list that one program walks",
+            reserve=(256, 8192),
+        ),
         b.SPLIT_QUERIES,
         b.NUM_WARPS,
         b.NUM_STAGES,

@@ -92,7 +92,7 @@ SPEC = KernelSpec(
         Param("BLOCK_N", (16, 32, 64, 128), "keys a tile"),
         c.SWAP,
         c.USE_TMA,
-        Param("num_warps", (1, 2, 4, 8), "warps of a program"),
+        Param("num_warps", (1, 2, 4, 8), "warps of a program", reserve=(16,)),
         c.NUM_STAGES,
         c.MAXNREG,
     ),

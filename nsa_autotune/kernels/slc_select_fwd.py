@@ -146,7 +146,9 @@ SPEC = KernelSpec(
         c.SWAP,
         c.USE_TMA,
         c.SPLIT_MASK,
-        Param("programs_per_sm", (1, 2, 3, 4), "programs of the persistent grid for each multiprocessor"),
+        Param(
+            "programs_per_sm", (1, 2, 3, 4), "programs of the persistent grid for each multiprocessor", reserve=(6, 8)
+        ),
         c.NUM_WARPS,
         c.NUM_STAGES,
         c.MAXNREG,

@@ -1,41 +1,121 @@
-"""Compile a batch of configs in parallel before they are measured: the worker then finds them in Triton's cache."""
+"""Compile configs while others are measured: what is measured next then lies in Triton's cache."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
 
 from ..bench.result import TrialResult
-from ..codegen.pool import CompileJob, compile_many
+from ..codegen.pool import CompileJob, CompileOutcome, CompilePool
 from ..codegen.target import SHARED_LIMITS_BYTES
-from ..spec import Config, KernelSpec, Problem
-from .space import config_key
+from ..kernels import all_specs
+from ..spec import Config, KernelSpec, Problem, canonical_json
 
 MAX_SPILL_BYTES = 512  # a thread; more was never near the best
 TIMEOUT_S = 90.0
+AHEAD = 3  # configs under way for each compiling process
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A config that is ready to be measured, or why it need not be."""
+
+    config: Config
+    failure: TrialResult | None = None
+    code: str = ""  # equal for configs that run the same machine code on the same grid; empty if it is not known
+
+
+class Preparer(Protocol):
+    """Gets configs ready to be measured, several at a time."""
+
+    ahead: int  # configs worth having under way
+
+    def submit(self, spec: KernelSpec, problem: Problem, configs: Sequence[Config]) -> None:
+        """Begin with them."""
+
+    def take(self) -> list[Prepared]:
+        """Those that are done, in any order; waits for one if there is none. Only after `submit`."""
+
+    def cancel(self) -> None:
+        """Forget what is under way."""
+
+
+class Unprepared:
+    """Hands configs on as they come: the measuring process compiles them."""
+
+    ahead = 1
+
+    def __init__(self) -> None:
+        self._queue: deque[Config] = deque()
+
+    def submit(self, spec: KernelSpec, problem: Problem, configs: Sequence[Config]) -> None:
+        """Queue them."""
+        self._queue.extend(configs)
+
+    def take(self) -> list[Prepared]:
+        """The first of the queue."""
+        return [Prepared(self._queue.popleft())]
+
+    def cancel(self) -> None:
+        """Empty the queue."""
+        self._queue.clear()
 
 
 class CompileAhead:
-    """Compiles for the GPU that measures, in `batch` child processes; none of them touches it."""
+    """Compiles for the GPU that measures, in child processes of which none touches it; a context that ends them."""
 
     def __init__(self, target: str, processes: int) -> None:
-        self.target = target
-        self.batch = max(1, processes)
+        self.ahead = AHEAD * max(1, processes)
+        self._pool = CompilePool(dict(all_specs()), target, max(1, processes), TIMEOUT_S)
+        self._under_way: set[str] = set()
 
-    def prepare(self, spec: KernelSpec, problem: Problem, configs: Sequence[Config]) -> Mapping[str, TrialResult]:
-        """Failures by config key; what compiled is left to the measurement."""
+    def submit(self, spec: KernelSpec, problem: Problem, configs: Sequence[Config]) -> None:
+        """Queue them behind what is being compiled."""
         jobs = [CompileJob(spec.family, problem.to_dict(), config) for config in configs]
-        refused: dict[str, TrialResult] = {}
-        for outcome in compile_many({spec.family: spec}, jobs, self.target, self.batch, TIMEOUT_S):
-            key = config_key(outcome.job.config)
-            if outcome.status != "ok":
-                refused[key] = TrialResult(outcome.status, outcome.reason)  # type: ignore[arg-type]
-            elif outcome.resources is not None and outcome.resources.spill_bytes > MAX_SPILL_BYTES:
-                reason = f"{outcome.resources.spill_bytes} bytes of registers spill a thread, over {MAX_SPILL_BYTES}"
-                refused[key] = TrialResult("resource", reason)
-        return refused
+        self._under_way |= {_name(job) for job in jobs}
+        self._pool.submit(jobs)
+
+    def take(self) -> list[Prepared]:
+        """What compiled or failed to; what was cancelled meanwhile is left out."""
+        found: list[Prepared] = []
+        while self._under_way and not found:
+            outcomes = [outcome for outcome in self._pool.wait() if _name(outcome.job) in self._under_way]
+            self._under_way -= {_name(outcome.job) for outcome in outcomes}
+            found += [prepared(outcome) for outcome in outcomes]
+        return found
+
+    def cancel(self) -> None:
+        """Drop the queue; what is being compiled ends and is ignored."""
+        self._pool.cancel()
+        self._under_way.clear()
+
+    def __enter__(self) -> CompileAhead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.close()
 
 
-def compile_ahead(capability: str, processes: int) -> CompileAhead | None:
-    """For a GPU of this capability ("9.0"), or None where one core or an unknown target makes it pointless."""
+def _name(job: CompileJob) -> str:
+    return canonical_json([job.family, job.problem, job.config])
+
+
+def prepared(outcome: CompileOutcome) -> Prepared:
+    """What a compilation means for the measurement."""
+    config, resources = outcome.job.config, outcome.resources
+    if outcome.status != "ok" or resources is None:
+        return Prepared(config, TrialResult(outcome.status, outcome.reason))  # type: ignore[arg-type]
+    if resources.spill_bytes > MAX_SPILL_BYTES:
+        reason = f"{resources.spill_bytes} bytes of registers spill a thread, over {MAX_SPILL_BYTES}"
+        return Prepared(config, TrialResult("resource", reason))
+    return Prepared(config)
+
+
+def compile_ahead(capability: str, processes: int) -> AbstractContextManager[Preparer]:
+    """For a GPU of this capability ("9.0"); compiles nothing where one core or an unknown target makes it pointless."""
     target = f"cuda:{capability.replace('.', '')}"
-    return CompileAhead(target, processes) if processes > 1 and target in SHARED_LIMITS_BYTES else None
+    useful = processes > 1 and target in SHARED_LIMITS_BYTES
+    return CompileAhead(target, processes) if useful else nullcontext(Unprepared())

@@ -16,10 +16,14 @@ _MINUTES = {"s": 1 / 60, "m": 1.0, "h": 60.0}
 
 @dataclass(frozen=True)
 class Budget:
-    """At most `max_trials` trials and `max_minutes` minutes; None leaves that side open, but one must be given."""
+    """At most `max_trials` trials and `max_minutes` minutes; None leaves that side open, but one must be given.
+
+    confirm: winners are raced again in a second process, once all problems are done.
+    """
 
     max_trials: int | None = None
     max_minutes: float | None = None
+    confirm: bool = True
 
     def __post_init__(self) -> None:
         if self.max_trials is None and self.max_minutes is None:
@@ -37,9 +41,9 @@ class Budget:
 
 NAMED_BUDGETS: Mapping[str, Budget] = MappingProxyType(
     {
-        "quick": Budget(max_trials=60, max_minutes=2.0),
+        "quick": Budget(max_trials=60, max_minutes=2.0, confirm=False),
         "normal": Budget(max_trials=250, max_minutes=10.0),
-        "full": Budget(max_trials=1500, max_minutes=60.0),
+        "full": Budget(max_trials=2000, max_minutes=60.0),  # spaces of up to 2000 configs are measured whole
     }
 )
 

@@ -11,6 +11,7 @@ from ..db.records import TrialRecord, WinnerRecord
 from ..spec import KernelSpec, Problem
 from .budget import Budget
 
+WORKED = ("ok", "same_code")  # statuses of configs that are right
 MAX_REASON_CHARS = 160  # of a reason in a summary; the database keeps it whole
 
 OutcomeKind = Literal["tuned", "known", "failed", "predicted", "interrupted"]
@@ -79,5 +80,5 @@ def count_statuses(records: Iterable[TrialRecord]) -> tuple[tuple[str, int], ...
 
 def count_reasons(records: Iterable[TrialRecord]) -> tuple[tuple[str, int], ...]:
     """Failures by `status: first line of the reason`, most frequent first."""
-    lines = (f"{r.status}: {(r.reason.splitlines() or [''])[0]}" for r in records if r.status != "ok")
+    lines = (f"{r.status}: {(r.reason.splitlines() or [''])[0]}" for r in records if r.status not in WORKED)
     return tuple(Counter(line[:MAX_REASON_CHARS] for line in lines).most_common())

@@ -38,6 +38,10 @@ class ConfigSpace:
         """True if the config has exactly the family's parameters and breaks no constraint."""
         return self.spec.broken_constraint(self.problem, config) is None
 
+    def is_usual(self, config: Config) -> bool:
+        """True if no value lies beyond the ends of its parameter, in the reserve."""
+        return all(config[param.name] in param.values for param in self.spec.params)
+
     @property
     def num_points(self) -> int:
         """Size of the full grid, illegal points included."""
@@ -71,7 +75,8 @@ class ConfigSpace:
     def neighbours(self, config: Config) -> Iterator[Config]:
         """Legal configs one step away: the next legal value on either side of a number, any other value of a switch.
 
-        A switch that is illegal alone is tried together with one other parameter, since values often go in pairs.
+        A number at its end steps into the reserve. A switch that is illegal alone is tried together with one other
+        parameter, since values often go in pairs.
         """
         for param in self.spec.params:
             if is_ordered(param):
@@ -84,12 +89,20 @@ class ConfigSpace:
                             yield moved
 
     def _steps(self, config: Config, param: Param) -> Iterator[Config]:
-        at = param.values.index(config[param.name])
-        for side in (param.values[at + 1 :], param.values[:at][::-1]):
+        at = param.widest.index(config[param.name])
+        for side in (param.widest[at + 1 :], param.widest[:at][::-1]):
             moved = ({**config, param.name: value} for value in side)
             step = next((candidate for candidate in moved if self.is_legal(candidate)), None)
             if step is not None:
                 yield step
+
+    def beyond_ends(self, config: Config) -> list[Config]:
+        """The steps of a config that lead beyond the end of a dimension."""
+        return [moved for moved in self.neighbours(config) if not self.is_usual(moved) and self._is_step(config, moved)]
+
+    def _is_step(self, config: Config, moved: Config) -> bool:
+        changed = [param for param in self.spec.params if config[param.name] != moved[param.name]]
+        return len(changed) == 1 and moved[changed[0].name] in changed[0].reserve
 
     def repair(self, config: Config, keep: str = "", seen: Collection[str] = ()) -> Config | None:
         """The config if it is legal and unseen, else the first one with one other value (not of `keep`) that is."""
@@ -125,7 +138,7 @@ class ConfigSpace:
 
 
 def _distance(param: Param, a: Value, b: Value) -> int:
-    return abs(param.values.index(a) - param.values.index(b))
+    return abs(param.widest.index(a) - param.widest.index(b))
 
 
 def _distribution(param: Param) -> BaseDistribution:

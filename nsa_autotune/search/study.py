@@ -41,6 +41,7 @@ class ConfigSearch:
         self._times_us: dict[str, float | None] = {}  # config key -> median, None if it failed
         self._configs: dict[str, Config] = {}
         self._queue = deque(config for config in seeds if space.is_legal(config))
+        self._twins: set[str] = set()  # keys of configs that run the code of another one
         self._asked: dict[str, Trial] = {}
         self._seen: set[str] = set()  # keys of all configs that are known or under way
         self._distributions = space.distributions()
@@ -49,9 +50,9 @@ class ConfigSearch:
             self._study = optuna.create_study(direction="minimize", sampler=sampler)
 
     def ranked(self) -> list[tuple[Config, float]]:
-        """Configs that worked with their medians in us, fastest first; ties in the order of their keys."""
-        timed = sorted((time_us, key) for key, time_us in self._times_us.items() if time_us is not None)
-        return [(self._configs[key], time_us) for time_us, key in timed]
+        """Configs that worked with their medians in us, fastest first, one of each machine code; ties by their keys."""
+        timed = ((time_us, key) for key, time_us in self._times_us.items() if time_us is not None)
+        return [(self._configs[key], time_us) for time_us, key in sorted(timed) if key not in self._twins]
 
     @property
     def best(self) -> tuple[Config, float] | None:
@@ -73,10 +74,14 @@ class ConfigSearch:
             self._seen.add(config_key(config))  # several may be proposed before the first is recorded
         return config
 
-    def record(self, config: Config, median_us: float | None) -> None:
-        """Learn the time of a config in us; None means that it failed, which counts as bad and not as unknown."""
+    def record(self, config: Config, median_us: float | None, *, twin: bool = False) -> None:
+        """Learn the time of a config in us; None means that it failed, which counts as bad and not as unknown.
+
+        A twin has the time of another config with the same machine code: the sampler learns it, no race needs it.
+        """
         key = config_key(config)
         self._times_us[key] = median_us
+        self._twins |= {key} if twin else set()
         self._configs[key] = config
         self._seen.add(key)
         value = math.log(median_us) if median_us is not None else None
@@ -85,16 +90,25 @@ class ConfigSearch:
             if key in self._asked:
                 self._study.tell(self._asked.pop(key), value, state=state)
                 return
+            if not self.space.is_usual(config):
+                return  # the sampler knows nothing beyond the ends
             self._study.add_trial(
                 optuna.trial.create_trial(
                     state=state, value=value, params=self.space.to_params(config), distributions=self._distributions
                 )
             )
 
-    def remember(self, config: Config, median_us: float | None) -> None:
+    def remember(self, config: Config, median_us: float | None, *, twin: bool = False) -> None:
         """`record` for a stored trial: ignored if the space no longer holds the config, or if it is known already."""
         if self.space.is_legal(config) and config_key(config) not in self._times_us:
-            self.record(config, median_us)
+            self.record(config, median_us, twin=twin)
+
+    def beyond_ends(self) -> list[Config]:
+        """Unseen configs just beyond the ends on which the best one lies; they count as seen from now on."""
+        found = [] if self.best is None else self.space.beyond_ends(self.best[0])
+        unseen = [config for config in found if config_key(config) not in self._seen]
+        self._seen |= {config_key(config) for config in unseen}
+        return unseen
 
     def _next_seed(self) -> Config | None:
         while self._queue:

@@ -10,7 +10,8 @@ from typing import Any
 from ..bench.result import TrialResult
 from ..db.records import TrialRecord, WinnerRecord
 from ..db.store import TuningStore
-from ..spec import Config, KernelSpec, Problem, digest
+from ..spec import DEFAULT_POLICY, Config, KernelSpec, Problem, digest
+from .certify import Verdict
 from .ranking import rank_predictions
 from .space import ConfigSpace, config_key
 
@@ -26,6 +27,7 @@ class Task:
     problem: Problem
     fingerprint: dict[str, str]
     template_digest: str
+    policy: str = DEFAULT_POLICY  # how times are taken
 
     @property
     def key(self) -> str:
@@ -37,12 +39,23 @@ class Task:
         """The configs that may serve the problem."""
         return ConfigSpace(self.spec, self.problem)
 
+    def filters(self) -> dict[str, Any]:
+        """What the store is asked by: records of this problem's bucket, fingerprint, template and policy."""
+        return {
+            "family": self.spec.family,
+            "fingerprint_digest": digest(self.fingerprint),
+            "problem_key": self.key,
+            "template_digest": self.template_digest,
+            "policy": self.policy,
+        }
+
     def _shared(self) -> dict[str, Any]:
         return {
             "fingerprint": self.fingerprint,
             "family": self.spec.family,
             "problem": self.problem.to_dict(),
             "problem_key": self.key,
+            "policy": self.policy,
         }
 
     def trial(self, config: Config, result: TrialResult, stage: str) -> TrialRecord:
@@ -82,22 +95,26 @@ class Task:
         )
 
     def winner(
-        self, config: Config, result: TrialResult, *, default_median_us: float | None, library_median_us: float | None
+        self, verdict: Verdict, outcome: str, *, default_us: float | None, library_us: float | None
     ) -> WinnerRecord:
-        """The record of a winner with the evidence of the race."""
+        """The record of a winner with the evidence of its races; medians of the default and the library beside it."""
+        result = verdict.result
         assert result.median_us is not None and result.p20_us is not None and result.p80_us is not None
         return WinnerRecord(
             **self._shared(),
-            config=dict(config),
+            config=dict(verdict.config),
             template_digest=self.template_digest,
             median_us=result.median_us,
             p20_us=result.p20_us,
             p80_us=result.p80_us,
             samples_us=result.samples_us,
             default_config=dict(self.spec.default_config(self.problem)),
-            default_median_us=default_median_us,
-            library=self.spec.library if library_median_us is not None else "",
-            library_median_us=library_median_us,
+            default_median_us=default_us,
+            library=self.spec.library if library_us is not None else "",
+            library_median_us=library_us,
+            verdict=outcome,
+            rivals=verdict.rivals,
+            resources=result.resources,
         )
 
 
@@ -112,32 +129,27 @@ def _measured(result: TrialResult) -> dict[str, Any]:
         "resources": result.resources,
         "max_error": result.max_error,
         "baseline_error": result.baseline_error,
+        "environment": result.environment,
     }
 
 
+def result_of(record: TrialRecord) -> TrialResult:
+    """The measurement that a stored trial was made from."""
+    names = ("reason", "samples_us", "median_us", "p20_us", "p80_us", "max_error", "baseline_error", "resources")
+    values = {name: getattr(record, name) for name in (*names, "environment")}
+    return TrialResult(record.status, **values)  # type: ignore[arg-type]  # one list of statuses serves both
+
+
 def known_winner(store: TuningStore, task: Task) -> WinnerRecord | None:
-    """The winner of exactly this key, fingerprint and template, if there is one."""
-    found = store.winners(
-        family=task.spec.family,
-        fingerprint_digest=digest(task.fingerprint),
-        problem_key=task.key,
-        template_digest=task.template_digest,
-    )
+    """The winner of exactly this key, fingerprint, template and policy, if there is one."""
+    found = store.winners(**task.filters())
     return found[0] if found else None
 
 
 def known_trials(store: TuningStore, task: Task, kind: str = "measured") -> list[TrialRecord]:
     """Earlier search trials of the same problem to the token, newest first: a bucket's lengths differ in time."""
     exact = task.spec.problem_key(task.problem, bucket=False)
-    found = store.trials(
-        family=task.spec.family,
-        fingerprint_digest=digest(task.fingerprint),
-        problem_key=task.key,
-        template_digest=task.template_digest,
-        kind=kind,
-        stage="search",
-        provider="template",
-    )
+    found = store.trials(**task.filters(), kind=kind, stage="search", provider="template")
     return [t for t in found if task.spec.problem_key(Problem.from_dict(t.problem), bucket=False) == exact]
 
 

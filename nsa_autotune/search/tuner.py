@@ -1,10 +1,10 @@
-"""Tune one problem: propose, measure, store; race the finalists; keep the winner with its evidence."""
+"""Tune one problem: propose, prepare, measure, store; race the finalists; keep the winner with its evidence."""
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from ..bench.result import TrialResult
@@ -13,7 +13,9 @@ from ..codegen.render import template_digest
 from ..db.records import TrialRecord, WinnerRecord
 from ..db.store import TuningStore
 from ..spec import Config, KernelSpec, Problem
+from .ahead import Prepared, Preparer, Unprepared
 from .budget import Budget, Meter
+from .certify import Raced, judge
 from .progress import NullProgress, Outcome, OutcomeKind, Plan, Progress, TrialEvent, count_reasons, count_statuses
 from .space import config_key
 from .study import ConfigSearch
@@ -22,7 +24,7 @@ from .task import Task, known_trials, known_winner, seed_configs
 EXHAUSTIVE_LIMIT = 256  # legal configs up to which a budget in minutes alone tries them all
 EXPLORE_SHARE = 0.6  # of the budget before the neighbourhoods of the best are searched
 SEED_SHARE = 0.25  # of the trials that may go to seeds
-FINALISTS = 5  # raced against each other and the default
+FINALISTS = 8  # raced against each other and the default
 MAX_RACES = 3  # fields of finalists of which none survives
 WORTH_A_RETRY = ("timeout", "crash")  # failures that retuning looks at again: another process may have caused them
 
@@ -30,20 +32,15 @@ WORTH_A_RETRY = ("timeout", "crash")  # failures that retuning looks at again: a
 class Measurer(Protocol):
     """Measures variants without ever raising for one that fails."""
 
-    def measure(self, family: str, problem: Problem, config: Config) -> TrialResult: ...
+    policy: str  # under which it takes times
+
+    def measure(self, family: str, problem: Problem, config: Config) -> TrialResult:
+        """A coarse time."""
 
     def race(
-        self, family: str, problem: Problem, configs: Sequence[Config], rounds: int = ...
-    ) -> list[TrialResult]: ...
-
-
-class Preparer(Protocol):
-    """Compiles configs ahead of their measurement, several at once."""
-
-    batch: int  # configs that are worth preparing together
-
-    def prepare(self, spec: KernelSpec, problem: Problem, configs: Sequence[Config]) -> Mapping[str, TrialResult]:
-        """What became of the configs that need not be measured, by config key."""
+        self, family: str, problem: Problem, configs: Sequence[Config], rounds: int = ..., *, sentinel: int | None = ...
+    ) -> list[TrialResult]:
+        """Samples of the same blocks; `sentinel` is the index of the config that watches for drift."""
 
 
 LibraryBaseline = Callable[[KernelSpec, Problem], TrialResult]
@@ -68,10 +65,11 @@ def tune_problem(
     """The winner of the problem on this fingerprint, or None if no config works; `progress` gets the reasons' counts.
 
     A known winner is returned as it is unless `retune`. Every trial is stored at once, so that an interrupted call,
-    repeated, goes on where it stopped; trials of earlier calls count towards the budget unless `retune`.
+    repeated, goes on where it stopped; trials of earlier calls count towards the budget unless `retune`. The winner is
+    provisional until `confirm.confirm_winner` has raced it in a second process.
     """
     spec.check_problem(problem)
-    task = Task(spec, problem, dict(fingerprint), digest_of(spec))
+    task = Task(spec, problem, dict(fingerprint), digest_of(spec), measurer.policy)
     listener = progress or NullProgress()
     winner = None if retune else known_winner(store, task)
     if winner is not None:
@@ -86,6 +84,13 @@ def tune_problem(
         raise
     run.finish("tuned" if winner is not None else "failed", winner)
     return winner
+
+
+def race_configs(task: Task, measurer: Measurer, configs: list[Config], default: Config) -> list[Raced]:
+    """Race configs of one problem, with the default as the sentinel if it is among them."""
+    sentinel = configs.index(default) if default in configs else None
+    results = measurer.race(task.spec.family, task.problem, configs, rounds=RACE_ROUNDS, sentinel=sentinel)
+    return list(zip(configs, results, strict=True))
 
 
 class _Tuning:
@@ -104,7 +109,7 @@ class _Tuning:
         seed: int,
         clock: Callable[[], float],
     ) -> None:
-        self.preparer = preparer
+        self.preparer = preparer or Unprepared()
         self.task, self.measurer, self.store, self.progress = task, measurer, store, progress
         self.records = known_trials(store, task)
         if retune:
@@ -112,8 +117,10 @@ class _Tuning:
         self.num_done = 0
         self.meter = Meter(budget, 0 if retune else len(self.records), clock)
         self.search = ConfigSearch(task.space, seed=seed, seeds=self._first_configs(budget, seed))
+        self.codes: dict[str, TrialRecord] = {}  # machine code -> the trial that measured it
+        self.under_way = 0
         for record in self.records:
-            self.search.remember(record.config, record.median_us)
+            self.search.remember(record.config, record.median_us, twin=record.status == "same_code")
         left = None if budget.max_trials is None else max(0, budget.max_trials - self.meter.trials)
         progress.start(Plan(task.spec, task.problem, budget, len(self.records), left))
 
@@ -126,66 +133,79 @@ class _Tuning:
         return seeds + everything
 
     def search_configs(self) -> None:
-        """Measure proposals until the budget or the space is exhausted; at least one batch until something works."""
-        spec, problem = self.task.spec, self.task.problem
-        first = True
-        while not self.meter.exhausted or (first and not self.search.ranked()):
-            configs, first = self._proposals(), False
-            if not configs:
-                return
-            refused = self.preparer.prepare(spec, problem, configs) if self.preparer is not None else {}
-            for config in configs:
-                if self.meter.exhausted and self.search.ranked():
-                    return  # compiling may take all the time there was: what works is then worth one measurement
-                result = refused.get(config_key(config)) or self.measurer.measure(spec.family, problem, config)
-                self.meter.trials += 1
-                self._keep(self.task.trial(config, result, "search"))
-                self.search.record(config, result.median_us if result.ok else None)
+        """Measure proposals until the budget or the space is exhausted, then what lies beyond the ends of the space."""
+        try:
+            while self._top_up():
+                for prepared in self.preparer.take():
+                    self.under_way -= 1
+                    if self.meter.exhausted and self.search.ranked():
+                        return  # compiling may take all the time there was: what works is then worth one measurement
+                    self._decide(prepared)
+            while configs := self._beyond_ends():
+                self._submit(configs)
+                while self.under_way:
+                    for prepared in self.preparer.take():
+                        self.under_way -= 1
+                        self._decide(prepared)
+        finally:
+            self.preparer.cancel()
 
-    def _proposals(self) -> list[Config]:
-        """The next configs: one, or as many as are worth preparing together and the budget allows."""
-        count = 1 if self.preparer is None else self.preparer.batch
+    def _top_up(self) -> bool:
+        """Keep as many configs under way as are worth preparing together and the budget allows; False if none is."""
+        count = self.preparer.ahead - self.under_way
         if self.meter.budget.max_trials is not None:
-            count = min(count, self.meter.budget.max_trials - self.meter.trials)
+            count = min(count, self.meter.budget.max_trials - self.meter.trials - self.under_way)
+        if self.meter.exhausted and (self.search.ranked() or self.under_way or self.num_done):
+            count = 0  # at least one batch is tried, however short the time
         polish = self.meter.spent >= EXPLORE_SHARE
-        proposals = (self.search.propose(polish=polish) for _ in range(count))
-        return [config for config in proposals if config is not None]
+        proposals = [self.search.propose(polish=polish) for _ in range(count)]
+        self._submit([config for config in proposals if config is not None])
+        return self.under_way > 0
+
+    def _beyond_ends(self) -> list[Config]:
+        minutes = self.meter.budget.max_minutes
+        return [] if minutes is not None and self.meter.minutes >= minutes else self.search.beyond_ends()
+
+    def _submit(self, configs: list[Config]) -> None:
+        if configs:
+            self.preparer.submit(self.task.spec, self.task.problem, configs)
+            self.under_way += len(configs)
+
+    def _decide(self, prepared: Prepared) -> None:
+        """Measure a config, unless it failed to compile or its machine code was measured before; store and learn."""
+        config, twin = prepared.config, self.codes.get(prepared.code)
+        if prepared.failure is not None:
+            result = prepared.failure
+        elif twin is not None:
+            result = _twin_result(twin)
+        else:
+            result = self.measurer.measure(self.task.spec.family, self.task.problem, config)
+        record = self.task.trial(config, result, "search")
+        if prepared.code and result.ok:
+            self.codes[prepared.code] = record
+        self.meter.trials += 1
+        self._keep(record)
+        self.search.record(config, result.median_us, twin=twin is not None)
 
     def race_finalists(self, library: LibraryBaseline | None) -> WinnerRecord | None:
-        """Measure the best configs and the default interleaved; the best median of that race wins."""
+        """Race the best configs and the default; `certify.judge` says who wins and who is tied."""
         ranked = [config for config, _ in self.search.ranked()]
-        for first in range(0, min(len(ranked), MAX_RACES * FINALISTS), FINALISTS):
-            results = self._race(ranked[first : first + FINALISTS])
-            working = {key: result for key, result in results.items() if result.ok and result.median_us is not None}
-            if working:
-                return self._crown(working, ranked, library)
-        return None
-
-    def _race(self, finalists: list[Config]) -> dict[str, TrialResult]:
         default = self.task.spec.default_config(self.task.problem)
-        works = config_key(default) in {config_key(config) for config, _ in self.search.ranked()}
-        if works and default not in finalists:
-            finalists = [*finalists, default]
-        family, problem = self.task.spec.family, self.task.problem
-        results = self.measurer.race(family, problem, finalists, rounds=RACE_ROUNDS)
-        for config, result in zip(finalists, results, strict=True):
-            self._keep(self.task.trial(config, result, "final"))
-        return {config_key(config): result for config, result in zip(finalists, results, strict=True)}
-
-    def _crown(
-        self, working: dict[str, TrialResult], ranked: list[Config], library: LibraryBaseline | None
-    ) -> WinnerRecord:
-        best = min(working, key=lambda key: working[key].median_us or 0.0)
-        config = next(config for config in ranked if config_key(config) == best)
-        default = working.get(config_key(self.task.spec.default_config(self.task.problem)))
-        record = self.task.winner(
-            config,
-            working[best],
-            default_median_us=default.median_us if default is not None else None,
-            library_median_us=self._library_us(library),
-        )
-        self.store.set_winner(record)
-        return record
+        for first in range(0, min(len(ranked), MAX_RACES * FINALISTS), FINALISTS):
+            finalists = ranked[first : first + FINALISTS]
+            if default in ranked and default not in finalists:
+                finalists.append(default)
+            raced = race_configs(self.task, self.measurer, finalists, default)
+            for config, result in raced:
+                self._keep(self.task.trial(config, result, "final"))
+            verdict = judge(raced, default)
+            if verdict is not None:
+                default_us = next((result.median_us for config, result in raced if config == default), None)
+                library_us = self._library_us(library)
+                record = self.task.winner(verdict, "provisional", default_us=default_us, library_us=library_us)
+                self.store.set_winner(record)
+                return record
+        return None
 
     def _library_us(self, library: LibraryBaseline | None) -> float | None:
         if library is None or not self.task.spec.library:
@@ -208,3 +228,11 @@ class _Tuning:
         spec, problem, records = self.task.spec, self.task.problem, self.records
         statuses, reasons = count_statuses(records), count_reasons(records)
         self.progress.finish(Outcome(kind, spec, problem, winner, statuses, reasons))
+
+
+def _twin_result(twin: TrialRecord) -> TrialResult:
+    """The time of a config that runs the machine code of another one."""
+    reason = f"the same machine code as {config_key(twin.config)}"
+    return TrialResult(
+        "same_code", reason, median_us=twin.median_us, p20_us=twin.p20_us, p80_us=twin.p80_us, resources=twin.resources
+    )

@@ -13,7 +13,7 @@ from nsa_autotune.codegen.pool import CompileJob, CompileOutcome
 from nsa_autotune.search.budget import Budget
 from nsa_autotune.search.progress import Outcome, Plan, TrialEvent
 from nsa_autotune.search.space import ConfigSpace, config_key
-from nsa_autotune.spec import Config, Constraint, Cost, KernelSpec, Param, Problem
+from nsa_autotune.spec import DEFAULT_POLICY, Config, Constraint, Cost, KernelSpec, Param, Problem
 
 PARAMS = (
     Param("order", ("query", "union"), "loop order", structural=True),
@@ -120,17 +120,29 @@ class FakeMeasurer:
     raise_at: dict[int, BaseException] = field(default_factory=dict)
     measured: list[str] = field(default_factory=list)
     races: list[list[Config]] = field(default_factory=list)
+    sentinels: list[int | None] = field(default_factory=list)
+    policy: str = DEFAULT_POLICY
+    space: ConfigSpace = SPACE
 
     def measure(self, family: str, problem: Problem, config: Config) -> TrialResult:
         """One trial."""
-        assert SPACE.is_legal(config), f"an illegal config reached the measurer: {config}"
+        assert self.space.is_legal(config), f"an illegal config reached the measurer: {config}"
         if len(self.measured) in self.raise_at:
             raise self.raise_at.pop(len(self.measured))
         self.measured.append(config_key(config))
         return timed(self.time_us(config))
 
-    def race(self, family: str, problem: Problem, configs: Sequence[Config], rounds: int = 7) -> list[TrialResult]:
+    def race(
+        self,
+        family: str,
+        problem: Problem,
+        configs: Sequence[Config],
+        rounds: int = 7,
+        *,
+        sentinel: int | None = None,
+    ) -> list[TrialResult]:
         """All configs, in order."""
+        self.sentinels.append(sentinel)
         if -1 in self.raise_at:
             raise self.raise_at.pop(-1)
         self.races.append(list(configs))

@@ -17,11 +17,12 @@ from cpu.bench_fakes import SMALL
 from nsa_autotune.bench import failure
 from nsa_autotune.bench.library import library_call
 from nsa_autotune.bench.result import TrialResult
-from nsa_autotune.bench.session import MeasureSession, resources_of
+from nsa_autotune.bench.session import MeasureSession, Timer, resources_of
 from nsa_autotune.bench.worker import MeasureWorker, child_environment
 from nsa_autotune.errors import InvalidConfig, InvalidInput, KernelError, UnknownName, WorkerError
 
 TOOLCHAIN = "cpu.bench_fakes"
+ONCE = Timer(rounds=1)
 TESTS = str(Path(__file__).parents[1])
 ENV = {"PYTHONPATH": TESTS, "OMP_NUM_THREADS": "1"}
 
@@ -81,7 +82,7 @@ def test_a_right_variant_is_gated_and_timed(worker: MeasureWorker) -> None:
     ],
 )
 def test_failures_have_a_status_and_a_reason(session: MeasureSession, fault: str, status: str, words: str) -> None:
-    (result,) = session.race("fake_pool", SMALL, [{"fault": fault}], 1)
+    (result,) = session.race("fake_pool", SMALL, [{"fault": fault}], ONCE)
     assert result is not None and (result.status, result.median_us) == (status, None)
     assert words in result.reason
 
@@ -90,7 +91,9 @@ def test_a_long_problem_is_gated_small_and_checked_by_rows(session: MeasureSessi
     long = SMALL.replace(batch=1, seq_q=1100, seq_k=1100, num_q_heads=1, num_kv_heads=1)
     stages: list[str] = []
     configs = [{"fault": "right"}, {"fault": "row"}]
-    right, wrong = session.race("fake_pool", long, configs, 1, lambda index, stage: stages.append(f"{index} {stage}"))
+    right, wrong = session.race(
+        "fake_pool", long, configs, ONCE, lambda index, stage: stages.append(f"{index} {stage}")
+    )
     assert right is not None and right.ok
     assert wrong is not None and wrong.status == "accuracy"
     first = ["problem", "render", "load", "inputs", "compile", "accuracy", "inputs", "accuracy"]
@@ -103,7 +106,7 @@ def test_an_error_that_only_shows_at_full_length_says_so(
 ) -> None:
     long = SMALL.replace(batch=1, seq_q=1100, seq_k=1100, num_q_heads=1, num_kv_heads=1)
     monkeypatch.setattr("cpu.bench_fakes.spoil", lambda _, t: t["out"][0, -1].zero_() if t["out"].shape[1] > 520 else 0)
-    (result,) = session.race("fake_pool", long, [{"fault": "right"}], 1)
+    (result,) = session.race("fake_pool", long, [{"fault": "right"}], ONCE)
     assert result is not None and result.status == "accuracy"
     assert result.reason.startswith("At full length, though not at 1031 tokens: out: ")
 

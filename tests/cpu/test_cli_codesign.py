@@ -25,7 +25,7 @@ from nsa_autotune.config import NSAConfig
 from nsa_autotune.db.store import TuningStore
 from nsa_autotune.dispatch.fingerprint import Fingerprint
 from nsa_autotune.search.ranking import Prediction
-from nsa_autotune.spec import Config, KernelSpec, Problem
+from nsa_autotune.spec import DEFAULT_POLICY, Config, KernelSpec, Problem
 
 ROOT = Path(__file__).parents[2]
 FINGERPRINT = {"gpu": "Test GPU", "capability": "9.0", "driver": "1", "cuda": "13.0", "torch": "2.11", "triton": "3.6"}
@@ -70,8 +70,8 @@ class Worker:
 
     interrupt_after: int | None = None
 
-    def __init__(self, device: str) -> None:
-        self.num_measured = 0
+    def __init__(self, device: str, *, policy: str = DEFAULT_POLICY) -> None:
+        self.policy, self.num_measured = policy, 0
 
     def __enter__(self) -> Worker:
         return self
@@ -86,7 +86,12 @@ class Worker:
         t = time_us(family, problem)
         return TrialResult("ok", "", (t,), t, t, t)
 
-    def race(self, family: str, problem: Problem, configs: Sequence[Config], rounds: int = 1) -> list[TrialResult]:
+    def renew(self) -> None:
+        pass
+
+    def race(
+        self, family: str, problem: Problem, configs: Sequence[Config], rounds: int = 1, *, sentinel: int | None = None
+    ) -> list[TrialResult]:
         return [self.measure(family, problem, config) for config in configs]
 
     def measure_library(self, provider: str, problem: Problem) -> TrialResult:
@@ -160,7 +165,7 @@ def test_a_points_command_finds_its_winners(
 ) -> None:
     row = next(row for row in run_json(capsys, "--db", url) if row["on_front"])
     program, *words = shlex.split(row["tune"])
-    assert program == "nsa-autotune" and main([*words, "--db", url]) == 0
+    assert program == "nsa-autotune" and main([*words, "--jobs", "1", "--db", url]) == 0
     err = capsys.readouterr().err
     assert err.count("(known;") == 6, "nothing is tuned again"
     bench = shlex.split(row["bench"])[2:]

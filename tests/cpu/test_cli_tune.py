@@ -26,9 +26,13 @@ class FakeWorker:
 
     fail_all = False
     interrupt_after: int | None = None
+    renewed = 0
 
-    def __init__(self, device: str) -> None:
-        self.num_measured = 0
+    def renew(self) -> None:
+        type(self).renewed += 1
+
+    def __init__(self, device: str, policy: str = "eager-cold") -> None:
+        self.num_measured, self.policy = 0, policy
 
     def __enter__(self) -> FakeWorker:
         return self
@@ -45,7 +49,9 @@ class FakeWorker:
         time_us = 10.0 + abs(int(config["BLOCK"]) - 512) / 512 + abs(int(config["num_warps"]) - 2)
         return TrialResult("ok", "", (time_us,), time_us, time_us, time_us)
 
-    def race(self, family: str, problem: Problem, configs: Sequence[Config], rounds: int = 1) -> list[TrialResult]:
+    def race(
+        self, family: str, problem: Problem, configs: Sequence[Config], rounds: int = 1, *, sentinel: int | None = None
+    ) -> list[TrialResult]:
         return [self.measure(family, problem, config) for config in configs]
 
     def measure_library(self, provider: str, problem: Problem) -> TrialResult:
@@ -232,13 +238,43 @@ def test_every_family_serves_every_preset() -> None:
         assert families == set(all_specs())
 
 
+def test_winners_are_raced_again_in_a_new_process_unless_the_budget_is_quick(
+    on_a_gpu: type[FakeWorker], url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*COMMAND, "--budget", "quick", "--db", url]) == 0  # --trials says more than the name
+    assert on_a_gpu.renewed == 1
+    assert "confirmed" in capsys.readouterr().out
+    with TuningStore(url) as store:
+        mine = store.winners(gpu="Test GPU")
+        assert {w.verdict for w in mine} == {"confirmed"} and {w.policy for w in mine} == {"eager-cold"}
+        assert len(store.trials(gpu="Test GPU", stage="confirm")) >= 2 * len(mine)
+    quick = ["tune", "--families", "gate_sum_fwd", "--seq", "4k", "--budget", "quick", "--policy", "graph-warm"]
+    assert main([*quick, "--jobs", "1", "--db", url]) == 0
+    assert on_a_gpu.renewed == 1
+    with TuningStore(url) as store:
+        (winner,) = store.winners(gpu="Test GPU", policy="graph-warm")
+        assert winner.verdict == "provisional"
+        assert {t.policy for t in store.trials(gpu="Test GPU", problem_key=winner.problem_key)} == {"graph-warm"}
+
+
+def test_an_unknown_policy_is_refused(on_a_gpu: type[FakeWorker], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*COMMAND, "--policy", "tepid"]) == 2
+    assert "graph-cold" in capsys.readouterr().err
+
+
+def test_a_tenth_of_the_minutes_is_kept_for_confirming() -> None:
+    assert tune_run.search_budget(Budget(7, 10.0)) == Budget(7, 9.0)
+    assert tune_run.search_budget(Budget(7, 10.0, confirm=False)) == Budget(7, 10.0, confirm=False)
+    assert tune_run.search_budget(Budget(7)) == Budget(7)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         ((None, 7, None), Budget(7, None)),
         ((None, None, 3.0), Budget(None, 3.0)),
         (("full", 7, 3.0), Budget(7, 3.0)),
-        (("quick", None, None), Budget(60, 2.0 * 5)),
+        (("quick", None, None), Budget(60, 2.0 * 5, confirm=False)),
         (("200,30m", None, None), Budget(200, 30.0)),
         ((None, None, None), Budget(NAMED_BUDGETS["normal"].max_trials, 50.0)),
     ],

@@ -412,6 +412,9 @@ def test_import_marks_winners_and_keeps_local_ones(store: TuningStore, tmp_path:
     }
 
 
+RIVAL = {"config": {"BLOCK_M": 32}, "tied": True, "blocks": 60, "log_ratio": 0.004, "low": -0.002, "high": 0.009}
+
+
 def changed(**changes: object) -> Callable[[], bytes]:
     data = {**json.loads(format_line(make_winner())), **changes}
     return lambda: json.dumps(data).encode()
@@ -437,7 +440,7 @@ def without(name: str) -> Callable[[], bytes]:
         pytest.param(changed(median_us=10**400), id="huge-int"),
         pytest.param(changed(median_us="11"), id="text-for-number"),
         pytest.param(changed(median_us=True), id="bool-for-number"),
-        pytest.param(changed(schema_version=2), id="newer-schema"),
+        pytest.param(changed(schema_version=3), id="newer-schema"),
         pytest.param(changed(schema_version=True), id="bool-schema"),
         pytest.param(without("schema_version"), id="no-schema"),
         pytest.param(changed(record="loser"), id="record"),
@@ -458,6 +461,13 @@ def without(name: str) -> Callable[[], bytes]:
         pytest.param(changed(samples_us="123"), id="samples-text"),
         pytest.param(changed(created="2025-03-01"), id="no-time-zone"),
         pytest.param(changed(source="unknown"), id="source"),
+        pytest.param(changed(policy=""), id="policy"),
+        pytest.param(changed(verdict="best"), id="verdict"),
+        pytest.param(changed(rivals=[{"config": {}}]), id="rival-without-numbers"),
+        pytest.param(changed(rivals=[{**RIVAL, "tied": 1}]), id="rival-tied"),
+        pytest.param(changed(rivals=[{**RIVAL, "blocks": 0}]), id="rival-blocks"),
+        pytest.param(changed(rivals=[{**RIVAL, "config": [1]}]), id="rival-config"),
+        pytest.param(changed(resources=[168]), id="resources"),
     ],
 )
 def test_bad_line_is_named_and_nothing_changes(tmp_path: Path, memory: TuningStore, line: Callable[[], bytes]) -> None:
@@ -486,6 +496,8 @@ def test_files_that_cannot_be_read_or_written(store: TuningStore, tmp_path: Path
 def test_export_is_byte_for_byte_what_import_takes(store: TuningStore, tmp_path: Path) -> None:
     winner = replace(make_winner(), default_config=None, default_median_us=None, library="", library_median_us=None)
     assert winner.speedup is None
+    winner = replace(winner, rivals=(RIVAL, {**RIVAL, "tied": False}), verdict="confirmed", resources={"registers": 9})
+    assert winner.tied == [RIVAL["config"]]
     store.set_winner(winner)
     store.export_jsonl(tmp_path / "a")
     with TuningStore("sqlite://", import_shipped=False) as fresh:

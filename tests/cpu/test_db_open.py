@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,31 @@ def test_failed_migration_leaves_no_tables(tmp_path: Path, monkeypatch: pytest.M
         assert plain.execute("SELECT name FROM sqlite_master").fetchall() == []
     monkeypatch.undo()
     TuningStore(url_of(path), import_shipped=False).close()
+
+
+DATABASES = Path(__file__).parent / "databases"  # <revision>.sql and .jsonl, as the program of that time wrote them
+
+
+@pytest.mark.parametrize("revision", ["0001"])
+def test_a_database_of_an_earlier_schema_migrates_after_a_copy(tmp_path: Path, revision: str) -> None:
+    path = tmp_path / "old.sqlite"
+    with closing(sqlite3.connect(path)) as old:
+        old.executescript((DATABASES / f"{revision}.sql").read_text())
+    with TuningStore(f"sqlite:///{path}", import_shipped=False) as store:
+        (winner,), trials = store.winners(), store.trials()
+        assert (winner.median_us, winner.verdict, winner.policy, winner.rivals) == (11.0, "raced", "eager-cold", ())
+        assert {(t.status, t.samples_us, t.environment) for t in trials} == {
+            ("ok", (10.0, 11.0, 12.0), None),
+            ("crash", (), None),
+        }
+        # the names of records outlive the schema: what was stored and exported then is the same record now
+        store.import_jsonl(DATABASES / f"{revision}.jsonl")
+        assert len(store.trials()) == 2 and store.winners() == [winner]
+    copy = tmp_path / f"old.sqlite.{revision}.bak"
+    with closing(sqlite3.connect(copy)) as kept:
+        assert kept.execute("SELECT version_num FROM nsa_alembic_version").fetchall() == [(revision,)]
+        assert kept.execute("SELECT count(*) FROM nsa_trials").fetchone() == (2,)
+    assert sorted(p.name for p in tmp_path.glob("*.bak*")) == [copy.name]
 
 
 def test_tables_of_other_programs_stay(tmp_path: Path) -> None:

@@ -14,10 +14,8 @@ from rich.console import Console
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NAMES = ("activations", "curves", "decoder", "tasks", "train")
-TINY = (
-    "--device cpu --batch 4 --hidden 32 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --pairs 4".split()
-    + "--repeats 1 --window 16 --lr 1e-2".split()
-)
+SMALL = "--device cpu --batch 4 --hidden 32 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --pairs 4"
+TINY = [*SMALL.split(), "--repeats", "1", "--window", "16", "--lr", "1e-2"]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import logging
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import optuna
@@ -33,13 +33,15 @@ from nsa_autotune.db.records import TrialRecord, WinnerRecord
 from nsa_autotune.db.store import TuningStore
 from nsa_autotune.errors import InvalidProblem
 from nsa_autotune.kernels import get_spec
+from nsa_autotune.search.ahead import Prepared, Unprepared
 from nsa_autotune.search.budget import Budget
+from nsa_autotune.search.certify import Verdict
 from nsa_autotune.search.interpret import check_in_interpreter, interpreter_worker
-from nsa_autotune.search.space import config_key
+from nsa_autotune.search.space import ConfigSpace, config_key
 from nsa_autotune.search.study import ConfigSearch
 from nsa_autotune.search.task import Task, seed_configs
 from nsa_autotune.search.tuner import FINALISTS, tune_problem
-from nsa_autotune.spec import Config, KernelSpec, Problem, ProblemRule, digest
+from nsa_autotune.spec import Config, Problem, ProblemRule, digest
 
 SEEDS = range(3)
 TASK = Task(SPEC, PROBLEM, FINGERPRINT, digest_of(SPEC))
@@ -395,7 +397,7 @@ def test_an_impossible_problem_is_refused_before_anything_is_stored(store: Tunin
 def winner_of(config: Config, problem: Problem = PROBLEM, **fingerprint: str) -> WinnerRecord:
     """A stored winner of another problem or machine."""
     task = Task(SPEC, problem, {**FINGERPRINT, **fingerprint}, digest_of(SPEC))
-    return task.winner(config, timed(10.0), default_median_us=None, library_median_us=None)
+    return task.winner(Verdict(config, timed(10.0), ()), "provisional", default_us=None, library_us=None)
 
 
 def test_seeds_are_the_default_then_the_nearest_winners_then_predictions(store: TuningStore) -> None:
@@ -456,14 +458,69 @@ def test_the_real_worker_checks_and_tunes_a_real_family(store: TuningStore) -> N
 def test_a_budget_that_compiling_used_up_still_measures_one_config(store: TuningStore) -> None:
     clock = FakeClock(step_s=0.0)
 
-    class SlowCompiler:
-        batch = 4
+    class SlowCompiler(Unprepared):
+        ahead = 4
 
-        def prepare(self, spec: KernelSpec, problem: Problem, configs: Sequence[Config]) -> Mapping[str, TrialResult]:
+        def take(self) -> list[Prepared]:
             clock.now_s += 3600.0
-            return {}
+            return super().take()
 
     measurer = FakeMeasurer(lambda config: 1.0)
     winner = tune(store, measurer, budget=Budget(max_minutes=1.0), clock=clock, preparer=SlowCompiler())
     assert winner is not None
     assert len(measurer.measured) == 1
+
+
+WIDE = replace(
+    SPEC, params=tuple(replace(p, reserve=(6, 7)) if p.name == "num_stages" else p for p in SPEC.params), constraints=()
+)
+
+
+def test_a_best_config_at_the_end_of_a_dimension_opens_what_lies_beyond(store: TuningStore) -> None:
+    """Times fall up to 6 stages, which no proposal of the sampler contains."""
+
+    def time_us(config: Config) -> float:
+        return 100.0 + 10.0 * abs(int(config["num_stages"]) - 6) + int(config["num_warps"])
+
+    measurer = FakeMeasurer(time_us, space=ConfigSpace(WIDE, PROBLEM))
+    winner = tune(store, measurer, spec=WIDE, budget=trials(60))
+    assert winner is not None and winner.config["num_stages"] == 6
+    stages = [record.config["num_stages"] for record in store.trials(stage="search")]
+    assert 7 in stages  # looked at, once 6 was the best
+    assert stages.count(6) + stages.count(7) <= 20  # and only near the best
+    assert WIDE.broken_constraint(PROBLEM, {**DEFAULT, "num_stages": 8}) is not None
+
+
+def test_beyond_the_ends_there_is_nothing_for_a_best_config_inside(store: TuningStore) -> None:
+    measurer = FakeMeasurer(lambda config: 100.0 + abs(int(config["num_stages"]) - 3), space=ConfigSpace(WIDE, PROBLEM))
+    tune(store, measurer, spec=WIDE, budget=trials(40))
+    assert {record.config["num_stages"] for record in store.trials(stage="search")} <= {1, 2, 3, 4, 5}
+
+
+def test_configs_with_equal_machine_code_are_measured_once(store: TuningStore) -> None:
+    """The compiler makes the same of all depths of pipeline."""
+
+    class Merging(Unprepared):
+        ahead = 5
+
+        def take(self) -> list[Prepared]:
+            (one,) = super().take()
+            code = config_key({name: value for name, value in one.config.items() if name != "num_stages"})
+            return [replace(one, code=code)]
+
+    time_us = make_landscape(0, fail_share=0.0)
+    measurer, listener = FakeMeasurer(lambda c: time_us({**c, "num_stages": 1})), Listener()
+    winner = tune(store, measurer, budget=trials(60), preparer=Merging(), progress=listener)
+    found = store.trials(stage="search")
+    merged = [record for record in found if record.status == "same_code"]
+    assert len(found) == 60 and len(measurer.measured) == 60 - len(merged) and len(merged) > 5
+    by_config = {config_key(r.config): r for r in found}
+    for record in merged:
+        assert record.samples_us == () and record.median_us == time_us({**record.config, "num_stages": 1})
+        twin = by_config[record.reason.removeprefix("the same machine code as ")]
+        assert twin.status == "ok" and {**twin.config, "num_stages": 0} == {**record.config, "num_stages": 0}
+    (finalists,) = measurer.races
+    codes = [config_key({**config, "num_stages": 0}) for config in finalists if config != DEFAULT]
+    assert len(set(codes)) == len(codes)  # no race between a config and itself
+    assert winner is not None and "same_code" in dict(listener.outcomes[0].statuses)
+    assert not any("same_code" in reason for reason, _ in listener.outcomes[0].reasons)

@@ -1,0 +1,129 @@
+"""Which of several raced configs wins, what it is tied with, and whether a second process agrees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from ..bench.result import TrialResult
+from ..bench.stats import Comparison, compare, holm
+from ..bench.timing import summarize
+from ..spec import Config
+from .space import config_key
+
+SMALLEST_GAP = 0.01  # log-ratio: what is less than 1 % slower is a tie, however sure
+SURE = 0.05  # p-value below which a difference counts, corrected for the number of rivals
+CONFIRMED_AGAINST = 3  # tied rivals that a second process measures again
+
+Raced = tuple[Config, TrialResult]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The winner of a race, its samples, and how every rival stands to it."""
+
+    config: Config
+    result: TrialResult
+    rivals: tuple[dict[str, Any], ...]  # as `WinnerRecord.rivals` holds them, best first
+
+    @property
+    def tied(self) -> list[Config]:
+        """Rivals that the race could not tell from the winner, or that are less than 1 % slower."""
+        return [rival["config"] for rival in self.rivals if rival["tied"]]
+
+
+def judge(raced: Sequence[Raced], default: Config) -> Verdict | None:
+    """The winner among configs that were timed in the same blocks, or None if none was.
+
+    The best median leads. Of those that cannot be told from it, the simplest wins: fewest registers, least shared
+    memory, closest to the default.
+    """
+    timed = {config_key(config): (config, result) for config, result in raced if result.ok and result.samples_us}
+    if not timed:
+        return None
+    leader = min(timed, key=lambda key: (timed[key][1].median_us, key))
+    against_leader = _compare_all(timed, leader)
+    p_values = holm({key: c.p_slower for key, c in against_leader.items()})
+    equals = [key for key, c in against_leader.items() if p_values[key] >= SURE and c.low <= 0.0]
+    winner = min([leader, *equals], key=lambda key: _simplicity(*timed[key], default))
+    standing = _compare_all(timed, winner)
+    corrected = holm({key: c.p_slower for key, c in standing.items()})
+    ordered = sorted(standing, key=lambda key: standing[key].log_ratio)
+    rivals = tuple(_rival(timed[key][0], standing[key], corrected[key]) for key in ordered)
+    config, result = timed[winner]
+    return Verdict(config, result, rivals)
+
+
+def is_contradicted(winner: Config, second: Sequence[Raced]) -> bool:
+    """True if another race found a rival clearly faster than the winner, by more than a tie's gap."""
+    timed = {config_key(config): (config, result) for config, result in second if result.ok and result.samples_us}
+    if config_key(winner) not in timed:
+        return True
+    found = _compare_all(timed, config_key(winner))
+    sure = holm({key: c.p_faster for key, c in found.items()})
+    return any(sure[key] < SURE and c.log_ratio < -SMALLEST_GAP for key, c in found.items())
+
+
+def pooled(first: Sequence[Raced], second: Sequence[Raced]) -> list[Raced]:
+    """The samples of both races, block after block; a rival that left the first early keeps what it has."""
+    again = {config_key(config): result for config, result in second if result.ok}
+    most = max((len(result.samples_us) for _, result in first), default=0)
+    found = []
+    for config, result in first:
+        more = again.get(config_key(config))
+        if more is not None and len(result.samples_us) == most:
+            timing = summarize((*result.samples_us, *more.samples_us))
+            result = replace(result, **vars(timing))
+        found.append((config, result))
+    return found
+
+
+def again(verdict: Verdict, default: Config) -> list[Config]:
+    """What a second process measures: the winner, its closest ties, the next rival, and the default last."""
+    tied, slower = verdict.tied[:CONFIRMED_AGAINST], [r["config"] for r in verdict.rivals if not r["tied"]][:1]
+    unique = {config_key(config): config for config in (verdict.config, *tied, *slower) if config != default}
+    return [*unique.values(), default]
+
+
+Outcome = Literal["provisional", "confirmed"]
+
+
+def settle(first: Sequence[Raced], second: Sequence[Raced], default: Config) -> tuple[Verdict, Outcome] | None:
+    """The verdict over two races, confirmed if the second does not contradict the first; None if nothing was timed."""
+    verdict = judge(first, default)
+    if verdict is None:
+        return None
+    if is_contradicted(verdict.config, second):
+        both = judge(pooled(first, second), default)
+        return (both or verdict), "provisional"
+    return verdict, "confirmed"
+
+
+def _compare_all(timed: Mapping[str, Raced], base: str) -> dict[str, Comparison]:
+    samples = timed[base][1].samples_us
+    return {key: compare(result.samples_us, samples) for key, (_, result) in timed.items() if key != base}
+
+
+def _simplicity(config: Config, result: TrialResult, default: Config) -> tuple[Any, ...]:
+    resources = result.resources or {}
+    changed = sum(config[name] != default.get(name) for name in config)
+    return (
+        int(resources.get("registers", 0)),
+        int(resources.get("shared_bytes", 0)),
+        changed,
+        result.median_us,
+        config_key(config),
+    )
+
+
+def _rival(config: Config, found: Comparison, p_slower: float) -> dict[str, Any]:
+    unsure = p_slower >= SURE and found.low <= 0.0
+    return {
+        "config": dict(config),
+        "tied": unsure or found.log_ratio < SMALLEST_GAP,
+        "blocks": found.blocks,
+        "log_ratio": found.log_ratio,
+        "low": found.low,
+        "high": found.high,
+    }
