@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..bench.activations import Activations
     from ..search.codesign import Objective
 
+PLOT_FORMATS = (".png", ".pdf", ".svg")
 COMPRESSIONS = {"mean": "cmp_mlp", "mlp": "cmp_pool"}  # phi -> the families that it does without
 VALUES: Mapping[str, tuple[int, ...]] = {  # tried where the user names none
     "select_block_size": (32, 64, 128),
@@ -150,8 +151,12 @@ def check_group_sizes(base: Problem, sizes: Iterable[int]) -> None:
 
 
 def check_plot(path: Path | None) -> None:
-    """An hour of tuning must not end at a missing package or folder."""
+    """An hour of tuning must not end at a missing package or folder, or an ending that is no image format."""
     check_folder(path)
+    if path is not None and path.suffix not in PLOT_FORMATS:
+        raise InvalidInput(
+            f"a plot is a file that ends in {', '.join(PLOT_FORMATS)}", {"--plot": str(path)}, "Write --plot front.png."
+        )
     if path is not None and importlib.util.find_spec("matplotlib") is None:
         raise InvalidInput(
             "--plot needs the package matplotlib", {"--plot": str(path)}, "pip install 'nsa-autotune[codesign]'."

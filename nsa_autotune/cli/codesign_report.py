@@ -165,7 +165,7 @@ def draw(study: Study, records: Sequence[DesignRecord], path: Path) -> None:
     axis.legend()
     try:
         figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:  # ValueError: an ending that is no image format
+    except OSError as error:
         raise InvalidInput("the plot cannot be written", {"path": str(path), "reason": str(error)}) from error
     finally:
         pyplot.close(figure)

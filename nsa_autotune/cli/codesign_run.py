@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ..errors import StoreError
-from .codesign_display import CodesignDisplay
 from .codesign_plan import Plan
 from .codesign_report import draw, report
 from .console import errors
 
 if TYPE_CHECKING:
     from ..bench.activations import Activations
-    from ..bench.quality import Quality
+    from ..bench.quality import Dense, Quality
     from ..db.store import TuningStore
     from ..search.codesign import Study
     from ..search.designs import Design
     from ..search.latency import KernelLatency
+    from .codesign_display import CodesignDisplay
 
 EXIT_NOTHING_WORKS = 1
 EXIT_INTERRUPTED = 130
@@ -30,6 +31,7 @@ def execute(plan: Plan) -> int:
     from ..search.budget import Budget
     from ..search.codesign import codesign
     from ..search.latency import PassLatency
+    from .codesign_display import CodesignDisplay
 
     interrupted, display = False, CodesignDisplay(errors())
     activations = choose_activations(plan)
@@ -119,14 +121,12 @@ def study_facts(plan: Plan, activations: Activations) -> dict[str, Any]:
 
 def quality_of(plan: Plan, activations: Activations) -> Callable[[Design], Quality]:
     """Judges designs on the activations; dense attention is computed once, when it is first needed."""
-    from functools import cache
-
     from ..bench.quality import dense_attention, measure_quality, spread_positions
 
     device = "cpu" if plan.target is not None else plan.device
 
     @cache
-    def dense() -> Any:
+    def dense() -> Dense:
         positions = spread_positions(activations.tokens, plan.quality_queries)
         return dense_attention(activations.to(device), positions)
 

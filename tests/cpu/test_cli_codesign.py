@@ -286,6 +286,7 @@ def test_if_no_kernel_works_the_exit_code_says_so(
         (["--device", "gpu"], "--device is a CUDA device"),
         (["--d-qk", "12"], "head dim of at least 16"),
         (["--plot", "no/folder/front.png"], "Name a file in an existing folder"),
+        (["--plot", "front.xyz"], "ends in .png, .pdf, .svg"),
     ],
 )
 def test_mistakes_are_sentences(url: str, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str) -> None:

@@ -77,6 +77,14 @@ def test_quality_is_that_of_loops(tokens: int, pooled: int) -> None:
         assert found.locality == pytest.approx(loop_locality(blocks, SMALL), rel=1e-12)
 
 
+def test_each_head_is_judged_by_the_blocks_of_its_own_group() -> None:
+    given = random_activations(40, q_heads=8, kv_heads=4)
+    masses, error, _ = by_loops(given, SMALL, pooled=2)
+    found = quality_of(given, SMALL, 4)
+    assert found.mass_kept == pytest.approx(sum(masses) / len(masses), rel=1e-12)
+    assert found.output_error == pytest.approx(error, rel=1e-9)
+
+
 def loop_locality(blocks: Tensor, config: NSAConfig) -> float:
     """Of the free blocks of each token and head, the share that the token before chose."""
     kept = []
