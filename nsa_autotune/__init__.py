@@ -9,11 +9,17 @@ if TYPE_CHECKING:
     from .config import NSAConfig
     from .nn import NativeSparseAttention
     from .ops import nsa_attention
+    from .ops.serve import export_misses
 
 __version__ = "0.1.0"
-__all__ = ["NSAConfig", "NativeSparseAttention", "__version__", "nsa_attention"]
+__all__ = ["NSAConfig", "NativeSparseAttention", "__version__", "export_misses", "nsa_attention"]
 
-_OWNERS = {"NSAConfig": ".config", "NativeSparseAttention": ".nn", "nsa_attention": ".ops"}
+_OWNERS = {
+    "NSAConfig": ".config",
+    "NativeSparseAttention": ".nn",
+    "export_misses": ".ops.serve",
+    "nsa_attention": ".ops",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -50,6 +50,14 @@ class NSAConfig:
                 "Raise num_selected or force fewer blocks.",
             )
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        """Computed once: a config is part of the key of every launch."""
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
     def num_compressed(self, tokens: int) -> int:
         """Number of whole compressed blocks in `tokens` tokens: floor((T - l) / d) + 1, at least 0 (Eq. 7)."""
         if tokens < self.compress_block_size:

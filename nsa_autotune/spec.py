@@ -103,7 +103,8 @@ class Problem:
 class Param:
     """One dimension of a search space: ordered values; `structural` ones change which lines the template renders.
 
-    `reserve` holds values beyond the ends, legal but tried only when the best config lies on that end.
+    `reserve` holds values beyond the ends: legal, but tried only next to a config that is among the best and lies on
+    that end.
     """
 
     name: str

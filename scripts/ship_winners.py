@@ -1,8 +1,9 @@
 """Put the winners of one GPU into the repository: tuning_db/<arch>.jsonl, and readable sources beside the golden files.
 
-    python scripts/ship_winners.py --gpu "NVIDIA H200" [--db URL] [--min-heads 16]
+    python scripts/ship_winners.py --gpu "NVIDIA H200" [--db URL] [--min-heads 16] [--cover 3%]
 
 Only winners of the templates as they are now are taken; other GPUs' shipped rows stay while current.
+With --cover few configs are shipped that lose at most so much on any problem (`nsa-autotune cover` shows them).
 Review both outputs with git diff before a commit.
 """
 
@@ -12,10 +13,13 @@ import argparse
 import sys
 from pathlib import Path
 
+from nsa_autotune.cli.cover import parse_loss
 from nsa_autotune.codegen.golden import WINNERS_DIR, write_winner
 from nsa_autotune.codegen.render import template_digest
 from nsa_autotune.db import TuningStore, WinnerRecord
 from nsa_autotune.kernels import all_specs
+from nsa_autotune.search.cover import choose_cover
+from nsa_autotune.search.cross import covering_winners, load_tables
 from nsa_autotune.spec import Problem
 
 TUNING_DB = Path(__file__).resolve().parents[1] / "tuning_db"
@@ -26,6 +30,14 @@ def current_winners(store: TuningStore, gpu: str | None, min_heads: int) -> list
     digests = {family: template_digest(spec) for family, spec in all_specs().items()}
     found = store.winners(gpu=gpu)
     return [w for w in found if digests.get(w.family) == w.template_digest and w.problem["num_q_heads"] >= min_heads]
+
+
+def covering(store: TuningStore, gpu: str, min_heads: int, bound: float) -> list[WinnerRecord]:
+    """The same problems as those of `current_winners`, served by few configs that lose at most `bound` on each."""
+    specs = all_specs().values()
+    tables = load_tables(store, specs, gpu=gpu, wanted=lambda w: w.problem["num_q_heads"] >= min_heads)
+    covers = [choose_cover(table, bound) for table in tables if table.fingerprint["gpu"] == gpu]
+    return [winner for cover in covers for _, winner in covering_winners(cover)[0]]
 
 
 def shipped_of_others(path: Path, gpu: str) -> list[WinnerRecord]:
@@ -42,9 +54,12 @@ def main() -> int:
     parser.add_argument("--gpu", required=True, help="the GPU's name, in full")
     parser.add_argument("--db", help="URL of the database; the default one if none")
     parser.add_argument("--min-heads", type=int, default=16, help="leave smaller problems out")
+    parser.add_argument("--cover", type=parse_loss, help="what a problem may lose by sharing a config, such as 3%%")
     arguments = parser.parse_args()
     with TuningStore(arguments.db) as store:
         winners = current_winners(store, arguments.gpu, arguments.min_heads)
+        if arguments.cover is not None:
+            winners = covering(store, arguments.gpu, arguments.min_heads, arguments.cover)
     if not winners:
         print(f"no current winner of {arguments.gpu!r} in {arguments.db or 'the default database'}", file=sys.stderr)
         return 1

@@ -15,10 +15,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """No test reads or writes the user's database or cache of rendered kernels."""
+    """No test reads or writes the user's database, journals or cache of rendered kernels."""
     root = tmp_path_factory.mktemp("nsa_autotune")
     patch = pytest.MonkeyPatch()
     patch.setenv("NSA_AUTOTUNE_CACHE_DIR", str(root / "cache"))
+    patch.setenv("NSA_AUTOTUNE_STATE_DIR", str(root / "state"))
     patch.setenv("NSA_AUTOTUNE_DB", f"sqlite:///{root / 'tuning.sqlite'}")
     yield root
     patch.undo()

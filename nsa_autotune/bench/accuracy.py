@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from .inputs import (
     storage_bytes,
 )
 from .parts import Part, sampled, whole
+from .scratch import Scratch, guarded_scratch
 
 Launch = Callable[..., Any]
 GATE_TOKENS = 1031  # at least: an odd number past the default window and a block boundary
@@ -160,10 +161,11 @@ def _launch_and_judge(case: Case, launch: Launch, which: int) -> list[AccuracyRe
         guards[name] = bytes_of[:GUARD_BYTES].clone()
         if tensor.is_cuda:
             torch.cuda.synchronize(tensor.device)
-    case.checked.call(launch)
+    with guarded_scratch(launch, which) as scratch:
+        case.checked.call(launch)
     if any(tensor.is_cuda for tensor in outputs.values() if tensor is not None):
         torch.cuda.synchronize()
-    reports = [_stray_writes(case, guards)]
+    reports = [_stray_writes(case, guards, scratch)]
     if reports[0].ok:
         reports += [judge(case.spec, expected, case.inputs) for expected in case.expected]
     return reports
@@ -189,8 +191,12 @@ def judge(spec: KernelSpec, expected: Expected, inputs: TrialInputs) -> Accuracy
     return worst
 
 
-def _stray_writes(case: Case, guards: Mapping[str, Tensor]) -> AccuracyReport:
-    """Look for writes beside the outputs and into the inputs; inputs are put right for the next variant."""
+def _stray_writes(case: Case, guards: Mapping[str, Tensor], scratch: Sequence[Scratch]) -> AccuracyReport:
+    """Look for writes beside outputs and scratch and into inputs; inputs are put right for the next variant."""
+    for number, made in enumerate(scratch):
+        if not made.is_whole:
+            reason = f"scratch {number} {tuple(made.tensor.shape)}: the kernel wrote outside of the tensor."
+            return AccuracyReport(False, reason, float("inf"), 0.0)
     for name, guard in guards.items():
         tensor = case.inputs.tensors[name]
         if tensor is not None:

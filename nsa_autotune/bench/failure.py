@@ -9,6 +9,7 @@ from .result import Status
 RESOURCE = {"OutOfResources", "OutOfMemoryError"}
 COMPILE = {"CompilationError", "PTXASError", "UnsupportedLanguageConstruct", "CompileTimeAssertionFailure"}
 CONSTRAINT = {"InvalidConfig", "InvalidProblem", "UnknownName"}
+FULL_DISK = ("No space left on device", "Disk quota exceeded", "File too large")
 STICKY = (  # after these the CUDA context answers every call with the same error
     "illegal memory access",
     "misaligned address",
@@ -27,6 +28,7 @@ STAGES: dict[str, Status] = {  # what an exception of no telling class means
     "load": "render",
     "inputs": "runtime",
     "compile": "compile",
+    "launch": "runtime",
     "accuracy": "runtime",
     "timing": "runtime",
 }
@@ -35,7 +37,7 @@ STAGES: dict[str, Status] = {  # what an exception of no telling class means
 def classify(error: BaseException, stage: str) -> Status:
     """The status of a trial that raised `error` in `stage`; classes are told by name, so no GPU library is imported."""
     names = {cls.__name__ for cause in _chain(error) for cls in type(cause).__mro__}
-    if names & RESOURCE or _says(error, "out of memory"):
+    if names & RESOURCE or any(_says(error, sign) for sign in ("out of memory", *FULL_DISK)):
         return "resource"
     if is_sticky(error):
         return "runtime"

@@ -21,6 +21,7 @@ from .fills import causal_lse, likely_lse, select_at_random
 
 GUARD_BYTES = 1 << 16  # on both sides of every tensor
 POISONS = ((math.nan, -7777), (3e4, 1 << 20))  # (float, int): what no kernel writes
+UNREAD_IF_UNUSED = ("dout",)
 RANDOM_FILLS = ("normal", "weight", "gates", "bias", "delta")
 LSE_FILLS = ("lse_cmp", "lse_slc", "lse_win")  # about what the branch's forward returns, for a backward
 LSE_SPREAD = 0.1  # between the heads of a token
@@ -67,10 +68,15 @@ def make_inputs(spec: KernelSpec, problem: Problem, device: torch.device | str, 
             known = (*RANDOM_FILLS, *INDEX_FILLS, *LSE_FILLS, "lse", "blocks", "out")
             raise InvalidInput(f"fill must be one of {', '.join(known)}", {argument.name: argument.fill})
         if layout is not None and argument.shape[:1] == ("C",) and not argument.is_output:
-            tensor[layout.cmp_source < 0] = 0  # rows that no window fills are zero
+            fill_unused(tensor, argument.name, layout)
         tensors[argument.name] = tensor
     scalars = dict(spec.scalar_values(problem, scale))
     return TrialInputs({a.name: tensors[a.name] for a in spec.arguments}, layout, scale, scalars)
+
+
+def fill_unused(tensor: Tensor, name: str, layout: PackedLayout) -> None:
+    """Compressed rows that no window fills: zero, as the forward leaves them; a gradient of them may not be read."""
+    tensor[layout.cmp_source < 0] = math.nan if name in UNREAD_IF_UNUSED else 0.0
 
 
 def query_positions(problem: Problem, layout: PackedLayout | None, device: torch.device | str) -> Tensor:
@@ -104,11 +110,11 @@ def make_layout(problem: Problem, device: torch.device, seed: int) -> PackedLayo
     return packed_layout(offsets_q, offsets_k, problem.seq_q, problem.seq_k, problem.nsa)
 
 
-def empty_guarded(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def empty_guarded(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, which: int = 0) -> Tensor:
     """A contiguous tensor of poison (NaN, or a number no kernel writes) with GUARD_BYTES of the same around it."""
     numel, guard = torch.Size(shape).numel(), GUARD_BYTES // dtype.itemsize
     whole = torch.empty(numel + 2 * guard, dtype=dtype, device=device)
-    poison(whole)
+    poison(whole, which)
     return whole[guard : guard + numel].view(shape)
 
 

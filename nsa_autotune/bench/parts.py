@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..layout import PackedLayout
 from ..spec import Argument, KernelSpec, Problem
-from .inputs import INDEX_FILLS, TrialInputs, empty_guarded, query_positions
+from .inputs import INDEX_FILLS, TrialInputs, empty_guarded, fill_unused, query_positions
 
 ROWS_AT_ONCE = 16
 COTANGENTS = ("do", "delta", "dout")  # inputs in which a backward is linear: without them every gradient is zero
@@ -188,6 +188,8 @@ def _only(spec: KernelSpec, inputs: TrialInputs, kept: Kept) -> dict[str, Tensor
             for batch, rows in kept:
                 where = (rows,) if batch is None else (batch, rows)
                 copy[where] = tensor[where]
+            if inputs.layout is not None and argument.shape[0] == "C":
+                fill_unused(copy, argument.name, inputs.layout)
             copies[argument.name] = copy
     return copies
 

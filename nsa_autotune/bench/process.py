@@ -17,19 +17,26 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..codegen.lifetime import has_ended, odd_state
 from ..errors import WorkerError
 
 TAIL_BYTES = 1500
-KILL_WAIT_S = 30.0
+KILL_WAIT_S = 20.0  # a driver takes seconds to end a kernel that hangs
 LAST_WORDS_S = 5.0
+SEND_S = 10.0
+MAX_MESSAGE_BYTES = 1 << 24
 
 
 class ChildGone(Exception):
-    """The child ended, or closed its end of the pipe, before it answered; the text tells how."""
+    """The child ended, closed its end of the pipe or answered nonsense; the text tells how."""
 
 
 class ChildSilent(Exception):
-    """The child said nothing for the time allowed."""
+    """The child said nothing for the time allowed; `state` tells if it was stopped or is stuck in a system call."""
+
+    def __init__(self, timeout_s: float, state: str) -> None:
+        self.state = state
+        super().__init__(f"no answer within {timeout_s:.3g} s" + (f"; the process is {state}" if state else ""))
 
 
 class ChildProcess:
@@ -38,6 +45,7 @@ class ChildProcess:
     def __init__(self, module: str, arguments: Sequence[str], env: Mapping[str, str]) -> None:
         request_read, self._requests = os.pipe()
         self._answers, answer_write = os.pipe()
+        os.set_blocking(self._requests, False)  # a stopped child reads nothing
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by kill()
         self._pending = b""
         command = [sys.executable, "-P", "-m", module, *arguments]
@@ -65,13 +73,18 @@ class ChildProcess:
         return self._process.pid
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Write one message; raises ChildGone."""
+        """Write one message; raises ChildGone or ChildSilent."""
         data = json.dumps(message).encode() + b"\n"
-        try:
+        deadline = time.monotonic() + SEND_S
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._requests, selectors.EVENT_WRITE)
             while data:
-                data = data[os.write(self._requests, data) :]
-        except BrokenPipeError as error:
-            raise ChildGone(self._epitaph()) from error
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    raise ChildSilent(SEND_S, odd_state(self.pid))
+                try:
+                    data = data[os.write(self._requests, data) :]
+                except BrokenPipeError as error:
+                    raise ChildGone(self._epitaph()) from error
 
     def receive(self, timeout_s: float) -> dict[str, Any]:
         """The next message; raises ChildSilent or ChildGone."""
@@ -80,18 +93,20 @@ class ChildProcess:
             selector.register(self._answers, selectors.EVENT_READ)
             while b"\n" not in self._pending:
                 if not selector.select(max(0.0, deadline - time.monotonic())):
-                    raise ChildSilent(f"no answer within {timeout_s:g} s")
+                    raise ChildSilent(timeout_s, odd_state(self.pid))
                 data = os.read(self._answers, 1 << 16)
                 if not data:
                     raise ChildGone(self._epitaph())
                 self._pending += data
+                if len(self._pending) > MAX_MESSAGE_BYTES:
+                    raise nonsense(self._pending)
         line, self._pending = self._pending.split(b"\n", 1)
         try:
             message = json.loads(line)
-        except ValueError as error:
-            raise ChildGone(f"the measuring process answered nonsense: {line[:200]!r}") from error
+        except (ValueError, RecursionError) as error:
+            raise nonsense(line) from error
         if not isinstance(message, dict):
-            raise ChildGone(f"the measuring process answered nonsense: {line[:200]!r}")
+            raise nonsense(line)
         return message
 
     def tail(self) -> str:
@@ -101,11 +116,13 @@ class ChildProcess:
         return self._log.read().decode(errors="replace").strip()
 
     def kill(self) -> None:
-        """End the child and its process group now; safe to call twice."""
+        """End the child and its process group now; safe to call twice. WorkerError if it does not end."""
         if self._log.closed:
             return
-        self._end()
-        self._close()
+        try:
+            self._end()
+        finally:
+            self._close()
 
     def _end(self) -> None:
         if self._process.returncode is None:  # not reaped yet, so the group id is still ours
@@ -116,15 +133,12 @@ class ChildProcess:
         except subprocess.TimeoutExpired as error:
             raise WorkerError(
                 "a measuring process must end when it is killed",
-                {"pid": self._process.pid},
+                {"pid": self._process.pid, "state": odd_state(self._process.pid) or "unknown"},
                 "Its driver call hangs; reset the GPU or restart the machine.",
             ) from error
 
     def _epitaph(self) -> str:
-        deadline = time.monotonic() + LAST_WORDS_S
-        seen = os.WEXITED | os.WNOHANG | os.WNOWAIT  # not reaped, so that what it started can still be killed by group
-        while os.waitid(os.P_PID, self._process.pid, seen) is None and time.monotonic() < deadline:
-            time.sleep(0.01)  # its pipe is closed: it is printing a traceback and ending
+        has_ended(self._process.pid, LAST_WORDS_S)  # its pipe is closed: it is printing a traceback and ending
         self._end()
         code = self._process.returncode
         how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
@@ -135,3 +149,8 @@ class ChildProcess:
         os.close(self._requests)
         os.close(self._answers)
         self._log.close()
+
+
+def nonsense(said: object) -> ChildGone:
+    """The error for an answer that no measuring process gives: something else wrote into its pipe."""
+    return ChildGone(f"the measuring process answered nonsense: {str(said)[:200]}")

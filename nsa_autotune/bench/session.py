@@ -15,6 +15,7 @@ from .accuracy import Case, gate_problem, prepare_gate, prepare_rows, run_cases
 from .compare import AccuracyReport
 from .failure import classify, is_sticky
 from .inputs import TrialInputs, make_inputs
+from .journal import RACE
 from .library import library_call
 from .nvml import make_watch
 from .policy import Policy, get_policy
@@ -131,16 +132,17 @@ class MeasureSession:
         enter("inputs")
         gate = self._gate(spec, small)
         enter("compile")
-        watched = _Watched(launch, lambda: enter("accuracy"), self._synchronize)
+        watched = _Watched(launch, enter, self._synchronize)
         report, inputs = run_cases(gate, watched), gate[0].inputs
         if report.ok and small != problem:
             enter("inputs")
             case = self._case(spec, problem)
-            enter("accuracy")
+            enter("compile")
+            watched.is_first = True  # Triton specialises on sizes
             rows, inputs = run_cases((case,), watched), case.inputs
             reason = "" if rows.ok else f"At full length, though not at {small.seq_k} tokens: {rows.reason}"
             report = replace(max(report, rows, key=lambda r: r.max_error), ok=rows.ok, reason=reason)
-        resources = resources_of(watched.kernels)  # at full length: Triton specialises on sizes
+        resources = resources_of(watched.kernels)  # at full length
         if not report.ok:
             return self._result(None, "accuracy", report, resources)
         return Ready(lambda: inputs.call(launch), report, resources)
@@ -148,6 +150,8 @@ class MeasureSession:
     def _time(self, ready: dict[int, Ready], results: list[TrialResult | None], timer: Timer, tell: Tell) -> None:
         while ready and not self.lost:
             indices, current = list(ready), 0
+            for index in indices:
+                tell(index, RACE)
 
             def enter(position: int) -> None:
                 nonlocal current
@@ -228,19 +232,23 @@ class MeasureSession:
 
 
 class _Watched:
-    """A launch function that remembers its kernels, and tells when the first launch, which compiles, is done."""
+    """A launch function that remembers its kernels, and tells when a first launch, which compiles, has begun to run."""
 
-    def __init__(self, launch: Callable[..., Any], compiled: Callable[[], None], wait: Callable[[], None]) -> None:
-        self._launch, self._compiled, self._wait = launch, compiled, wait
-        self._is_first = True
+    def __init__(self, launch: Callable[..., Any], enter: Callable[[str], None], wait: Callable[[], None]) -> None:
+        self.__wrapped__ = launch
+        self._launch, self._enter, self._wait = launch, enter, wait
+        self.is_first = True
         self.kernels: object = None
 
     def __call__(self, **arguments: Any) -> object:
+        if not self.is_first:
+            self._enter("launch")
         self.kernels = self._launch(**arguments)
-        if self._is_first:
-            self._wait()
-            self._is_first = False
-            self._compiled()
+        if self.is_first:
+            self._enter("launch")
+        self._wait()
+        self.is_first = False
+        self._enter("accuracy")
         return self.kernels
 
 

@@ -5,5 +5,6 @@ from __future__ import annotations
 from ..codegen.load import explain, load
 from ..codegen.render import render
 from ..kernels import get_spec
+from .health import check_device
 
-__all__ = ["explain", "get_spec", "load", "render"]
+__all__ = ["check_device", "explain", "get_spec", "load", "render"]

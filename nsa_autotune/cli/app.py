@@ -11,7 +11,7 @@ import typer
 
 from .. import __version__
 from ..errors import NSAError
-from . import bench, codesign, db, doctor, render, tune
+from . import bench, codesign, cover, db, doctor, render, replay, tune
 from .console import errors
 
 EXIT_MISTAKE = 2
@@ -27,7 +27,9 @@ app.command("tune")(tune.tune)
 app.command("render")(render.render)
 app.command("bench")(bench.bench)
 app.command("codesign")(codesign.codesign)
+app.command("cover")(cover.cover)
 app.command("doctor")(doctor.doctor)
+app.command("replay")(replay.replay)
 app.add_typer(db.app, name="db")
 
 

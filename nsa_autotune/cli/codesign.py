@@ -14,7 +14,7 @@ from . import codesign_plan as planning
 from . import options
 from .codesign_run import execute
 from .db import Format
-from .tune import choose_target
+from .tune import choose_targets
 
 GPU_PRESET, NO_GPU_PRESET = "gqa16-d128", "tiny"
 SEQ = "8k"
@@ -79,7 +79,8 @@ def codesign(
     """Find the constants of NSA that no others beat in both latency and likeness to dense attention, each one tuned."""
     options.check_device(device)
     planning.check_plot(plot)
-    goal, given = choose_target(target), planning.read_activations(activations)
+    goal = next(iter(choose_targets([target] if target else [])), None)
+    given = planning.read_activations(activations)
     sizes = planning.shape(given, heads=heads, kv_heads=kv_heads, d_qk=d_qk, d_v=d_v)
     choice = options.ProblemChoice(
         preset=preset,

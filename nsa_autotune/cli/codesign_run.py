@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from ..errors import StoreError
+from ..errors import StoreError, WorkerError
 from .codesign_plan import Plan
 from .codesign_report import draw, report
 from .console import errors
+from .tune_run import settle
 
 if TYPE_CHECKING:
     from ..bench.activations import Activations
@@ -28,12 +29,10 @@ EXIT_INTERRUPTED = 130
 def execute(plan: Plan) -> int:
     """Do it with a live display and print what came out, also after Ctrl-C; the exit code."""
     from ..db.store import TuningStore
-    from ..search.budget import Budget
-    from ..search.codesign import codesign
-    from ..search.latency import PassLatency
     from .codesign_display import CodesignDisplay
 
     interrupted, display = False, CodesignDisplay(errors())
+    lost: WorkerError | None = None
     activations = choose_activations(plan)
     study = make_study(plan, activations)
     with TuningStore(plan.db) as store:
@@ -42,18 +41,11 @@ def execute(plan: Plan) -> int:
             raise StoreError("co-design needs a database that can be written", values, "Name another one with --db.")
         display.note(f"{len(study.designs)} legal designs; activations: {origin_text(activations)}")
         try:
-            with display, kernel_latency(plan, store, display) as kernel:
-                codesign(
-                    study,
-                    quality=quality_of(plan, activations),
-                    latency=PassLatency(plan.specs, kernel),
-                    store=store,
-                    budget=Budget(plan.designs, plan.minutes),
-                    progress=display,
-                    seed=plan.seed,
-                )
+            search_designs(plan, study, activations, store, display)
         except KeyboardInterrupt:
             interrupted = True
+        except WorkerError as error:  # the device is lost: what was found until then is shown first
+            lost = error
         records = study.stored(store)
         if records:
             report(study, plan, records)
@@ -63,7 +55,29 @@ def execute(plan: Plan) -> int:
             text = f"stopped; every design is kept in {store.location}; the same command resumes"
             errors().print(text, style="yellow", markup=False, soft_wrap=True)
             return EXIT_INTERRUPTED
+    if lost is not None:
+        raise lost
     return 0 if records else EXIT_NOTHING_WORKS
+
+
+def search_designs(
+    plan: Plan, study: Study, activations: Activations, store: TuningStore, display: CodesignDisplay
+) -> None:
+    """Evaluate designs under the live display."""
+    from ..search.budget import Budget
+    from ..search.codesign import codesign
+    from ..search.latency import PassLatency
+
+    with display, kernel_latency(plan, store, display) as kernel:
+        codesign(
+            study,
+            quality=quality_of(plan, activations),
+            latency=PassLatency(plan.specs, kernel),
+            store=store,
+            budget=Budget(plan.designs, plan.minutes),
+            progress=display,
+            seed=plan.seed,
+        )
 
 
 def choose_activations(plan: Plan) -> Activations:
@@ -146,13 +160,17 @@ def kernel_latency(plan: Plan, store: TuningStore, display: CodesignDisplay) -> 
     if plan.target is not None:
         yield Predicted(plan.target, store, budget, display, plan.jobs)
         return
+    from ..bench.journal import Journal
     from ..bench.worker import MeasureWorker
     from ..dispatch.fingerprint import current
     from ..search.ahead import compile_ahead
+    from ..search.quarantine import context_of_run
 
     here = current(plan.device)
     with (
-        MeasureWorker(plan.device, policy=plan.policy) as worker,
         compile_ahead(here.capability, plan.jobs) as preparer,
+        Journal(plan.device, context=context_of_run(here.to_dict())) as journal,
+        MeasureWorker(plan.device, policy=plan.policy, journal=journal) as worker,
     ):
+        settle(journal, store, display)
         yield Tuned(worker, store, here.to_dict(), budget, display, preparer)

@@ -24,10 +24,14 @@ WINNER_COLUMNS = [
     *("speedup", "library", "library_median_us", "source", "stale"),
 ]
 TRIAL_COLUMNS = [*("gpu", "family", "problem", "status", "median_us", "predicted_us", "stage", "config", "reason")]
+PREDICTION_COLUMNS = [
+    *("gpu", "family", "problem", "status", "predicted_us", "registers", "shared_bytes", "spill_bytes"),
+    *("occupancy", "config", "reason"),
+]
 # left out where a terminal is narrow, the first one first; never the columns a user names
 LESS_IMPORTANT = [
     *("p20_us", "p80_us", "library", "library_median_us", "source", "stage", "config", "gpu"),
-    *("predicted_us", "stale"),
+    *("occupancy", "shared_bytes", "spill_bytes", "registers", "predicted_us", "stale"),
 ]
 MAX_CELL_CHARS = 60  # of a reason or config in a table
 
@@ -100,7 +104,7 @@ def query(
         rows = [{"problem": problem_text(row, row["family"]), **row} for row in rows]
         known = ["problem", *known]
     _check_columns(asked, known)
-    wanted = asked or default_columns(chosen, style) or known
+    wanted = asked or default_columns(chosen, style, kind) or known
     _print_rows(rows, wanted, style, chosen.value, () if asked else LESS_IMPORTANT)
 
 
@@ -163,11 +167,13 @@ def problem_filter(asked: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def default_columns(table: Table, style: Format) -> list[str]:
+def default_columns(table: Table, style: Format, kind: str | None) -> list[str]:
     """The columns that fit a screen; none means all."""
     if style is not Format.table:
         return []
-    return WINNER_COLUMNS if table is Table.winners else TRIAL_COLUMNS
+    if table is Table.winners:
+        return WINNER_COLUMNS
+    return PREDICTION_COLUMNS if kind == "predicted" else TRIAL_COLUMNS
 
 
 def all_columns(table: Table) -> list[str]:

@@ -17,12 +17,13 @@ from . import options
 from .console import errors, make_table, output
 
 if TYPE_CHECKING:
-    from ..db.records import WinnerRecord
+    from ..db.records import TrialRecord, WinnerRecord
     from ..db.store import TuningStore
 
 PACKAGES = ("torch", "triton", "numpy", "jinja2", "optuna", "sqlalchemy", "alembic")
 COMPILERS = ("cc", "gcc", "clang")
 GIB = 1 << 30
+MAX_REASONS, MAX_REASON_CHARS = 3, 100
 
 Fact = tuple[str, str]
 
@@ -78,9 +79,23 @@ def database_facts(store: TuningStore) -> Iterator[Fact]:
     yield "location", f"{store.location}{' (read-only)' if store.read_only else ''}"
     yield "schema", head_revision()
     yield "winners", str(len(store.winners()))
-    statuses = Counter(trial.status for trial in store.trials())
+    trials = store.trials()
+    statuses = Counter(trial.status for trial in trials)
     yield "measured trials", ", ".join(f"{count} {status}" for status, count in statuses.most_common()) or "none"
+    yield "in quarantine", quarantine_text(trials)
     yield "predictions", str(len(store.trials(kind="predicted")))
+
+
+def quarantine_text(trials: Sequence[TrialRecord]) -> str:
+    """How many variants are not tried again, and why most of them are not."""
+    from ..codegen.render import template_digest
+    from ..kernels import all_specs
+    from ..search.quarantine import all_quarantined
+
+    current = {family: template_digest(spec) for family, spec in all_specs().items()}
+    reasons = all_quarantined(trials, current)
+    common = Counter(reason.splitlines()[0][:MAX_REASON_CHARS] for reason in reasons).most_common(MAX_REASONS)
+    return "; ".join([str(len(reasons)), *(f"{count} x {reason}" for reason, count in common)])
 
 
 def gpu_name() -> str | None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 
 PresetOption = Annotated[str | None, typer.Option("--preset", help="A named problem; the options below change it.")]
-SeqOption = Annotated[str, typer.Option("--seq", help="Sequence lengths, such as 8k,32k,64k.")]
+SeqOption = Annotated[str, typer.Option("--seq", help="Sequence lengths, such as 8k,32k,64k or 2k..128k.")]
 SeqQOption = Annotated[
     str | None, typer.Option("--seq-q", help="Queries, the last of each sequence, such as 1; as many as keys if none.")
 ]
@@ -31,6 +31,11 @@ LocalityOption = Annotated[
 BatchOption = Annotated[int | None, typer.Option("--batch", help="Batch size, or number of packed sequences.")]
 HeadsOption = Annotated[int | None, typer.Option("--heads", help="Query heads.")]
 KvHeadsOption = Annotated[int | None, typer.Option("--kv-heads", help="Heads of keys and values.")]
+BatchesOption = Annotated[
+    str | None, typer.Option("--batch", help="Batch sizes, or numbers of packed sequences, such as 1,4 or 1..8.")
+]
+ManyHeadsOption = Annotated[str | None, typer.Option("--heads", help="Query heads, such as 32,64.")]
+ManyKvHeadsOption = Annotated[str | None, typer.Option("--kv-heads", help="Heads of keys and values, such as 4,8.")]
 DqkOption = Annotated[int | None, typer.Option("--d-qk", help="Head dimension of queries and keys.")]
 DvOption = Annotated[
     int | None, typer.Option("--d-v", help="Head dimension of values; as --d-qk if only that is given.")

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..bench.policy import get_policy
+from ..errors import InvalidInput
 from ..spec import DEFAULT_POLICY, KernelSpec, Problem
 from . import options
+from . import sweep as grid
 from .tune_run import Run, Work, execute
 
 if TYPE_CHECKING:
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 GPU_PRESET, GPU_BUDGET = "gqa16-d128", "normal"
 NO_GPU_PRESET, NO_GPU_BUDGET, NO_GPU_MINUTES = "tiny", "quick", 4.0  # minutes of the whole run
 DEFAULT_TARGET = "cuda:90"
+EVERYTHING = 10_000_000  # configs, more than any family has
 
 
 def tune(
@@ -28,14 +32,20 @@ def tune(
     seq_q: options.SeqQOption = None,
     dtype: options.DtypeOption = None,
     locality: options.LocalityOption = None,
-    batch: options.BatchOption = None,
-    heads: options.HeadsOption = None,
-    kv_heads: options.KvHeadsOption = None,
+    batch: options.BatchesOption = None,
+    heads: options.ManyHeadsOption = None,
+    kv_heads: options.ManyKvHeadsOption = None,
     d_qk: options.DqkOption = None,
     d_v: options.DvOption = None,
     phi_hidden: options.PhiHiddenOption = None,
     layout: options.LayoutOption = None,
     nsa: options.NsaOption = None,
+    from_misses: Annotated[
+        Path | None, typer.Option("--from-misses", help="Tune what a program missed: a file of export_misses().")
+    ] = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Skip illegal combinations, tune a bucket once, neighbours together.")
+    ] = False,
     families: Annotated[
         list[str] | None, typer.Option("--families", help="Kernels to tune; all of them if none.")
     ] = None,
@@ -45,10 +55,17 @@ def tune(
     trials: Annotated[int | None, typer.Option("--trials", min=1, help="Trials for each problem.")] = None,
     minutes: Annotated[float | None, typer.Option("--minutes", min=0.01, help="Minutes of the whole run.")] = None,
     target: Annotated[
-        str | None, typer.Option("--target", help=f"Predict for this GPU; without a GPU {DEFAULT_TARGET}.")
+        list[str] | None,
+        typer.Option(
+            "--target", help=f"Predict for these, such as cuda:80,hip:gfx942; without a GPU {DEFAULT_TARGET}."
+        ),
     ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Predict for every config, however long it takes.")] = False,
     db: options.DbOption = None,
     retune: Annotated[bool, typer.Option("--retune", help="Measure tuned problems again.")] = False,
+    retry_quarantined: Annotated[
+        bool, typer.Option("--retry-quarantined", help="Try again what crashed twice, or hung, on this machine.")
+    ] = False,
     device: Annotated[str, typer.Option("--device", help="The GPU to measure on.")] = "cuda:0",
     policy: options.PolicyOption = DEFAULT_POLICY,
     check: Annotated[
@@ -64,9 +81,6 @@ def tune(
         seq=seq,
         dtypes=tuple(options.split(dtype, "--dtype")),
         localities=tuple(options.split(locality, "--locality")),
-        batch=batch,
-        heads=heads,
-        kv_heads=kv_heads,
         d_qk=d_qk,
         d_v=d_v,
         layout=layout,
@@ -75,23 +89,36 @@ def tune(
         seq_q=seq_q,
     )
     options.check_device(device)
-    goal = choose_target(target)
+    targets = choose_targets(options.split(target, "--target"))
+    if everything and (not targets or budget or trials or minutes):
+        rule = "--all compiles every config for a --target, and takes no budget"
+        raise InvalidInput(rule, {"--target": targets}, "To measure many configs use --budget full.")
     specs = options.choose_specs(options.split(families, "--families"))
-    work = plan_work(specs, choice.problems(NO_GPU_PRESET if goal else GPU_PRESET))
-    total = choose_budget(budget, trials, minutes, len(work), predicting=goal is not None)
-    run = Run(tuple(work), total, db, device, goal, retune, jobs or os.cpu_count() or 1, check, get_policy(policy).name)
+    usual = NO_GPU_PRESET if targets else GPU_PRESET
+    choices = grid.shapes(choice, batch, heads, kv_heads)
+    if from_misses is not None:
+        work = missed_work(from_misses, specs, choices, sweep=sweep)
+    elif sweep:
+        work = [(step.spec, step.problem) for step in grid.plan(specs, choices, usual).steps]
+    else:
+        work = plan_work(specs, (problem for one in choices for problem in one.problems(usual)))
+    parts = len(work) * max(1, len(targets))
+    total = choose_budget(budget, EVERYTHING if everything else trials, minutes, parts, predicting=bool(targets))
+    how = get_policy(policy).name
+    cores = jobs or os.cpu_count() or 1
+    run = Run(tuple(work), total, db, device, targets, retune, cores, check, how, retry_quarantined)
     raise typer.Exit(execute(run))
 
 
-def choose_target(target: str | None) -> str | None:
-    """The GPU to predict for, None to measure: predicting is for who asks, and for who has no GPU."""
+def choose_targets(names: Sequence[str]) -> tuple[str, ...]:
+    """The GPUs to predict for, none to measure: predicting is for who asks, and for who has no GPU."""
     from ..codegen.target import parse_target
 
-    if target is not None:
-        return parse_target(target).name
+    if names:
+        return tuple(dict.fromkeys(parse_target(name).name for name in names))
     import torch
 
-    return None if torch.cuda.is_available() else DEFAULT_TARGET
+    return () if torch.cuda.is_available() else (DEFAULT_TARGET,)
 
 
 def plan_work(specs: Sequence[KernelSpec], problems: Iterable[Problem]) -> list[Work]:
@@ -105,6 +132,24 @@ def plan_work(specs: Sequence[KernelSpec], problems: Iterable[Problem]) -> list[
                 spec.check_problem(part)
                 work.setdefault((spec.family, spec.problem_key(part, bucket=False)), (spec, part))
     return list(work.values())
+
+
+def missed_work(
+    path: Path, specs: Sequence[KernelSpec], choices: Sequence[options.ProblemChoice], *, sweep: bool
+) -> list[Work]:
+    """What a file of misses names, of the chosen families; raises InvalidInput for other problem options beside it."""
+    from ..dispatch.misses import read_misses
+
+    if sweep or [replace(choice, nsa=choice.nsa or None) for choice in choices] != [options.ProblemChoice()]:
+        raise InvalidInput(
+            "--from-misses names its problems itself", {"file": str(path)}, "Leave out --preset, --seq ..."
+        )
+    chosen = {spec.family for spec in specs}
+    missed = [(spec, problem) for spec, problem in read_misses(path) if spec.family in chosen]
+    if not missed:
+        values = {"file": str(path), "families": ", ".join(sorted(chosen))}
+        raise InvalidInput("--from-misses needs a file that names a problem", values, "Nothing was missed, it seems.")
+    return list({(spec.family, spec.problem_key(problem)): (spec, problem) for spec, problem in missed}.values())
 
 
 def choose_budget(

@@ -7,17 +7,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..errors import StoreError
+from ..errors import StoreError, WorkerError
 from ..spec import DEFAULT_POLICY, KernelSpec, Problem
 from .console import errors, gain_text, make_table, output, problem_text
 
 if TYPE_CHECKING:
+    from ..bench.journal import Journal
     from ..bench.result import TrialResult
     from ..bench.worker import MeasureWorker
     from ..db.records import WinnerRecord
     from ..db.store import TuningStore
     from ..search.budget import Budget, Meter
     from ..search.ranking import Prediction
+    from .codesign_display import CodesignDisplay
     from .progress import TuneDisplay
 
 CONFIRM_SHARE = 0.1  # of the minutes, for racing the winners again
@@ -36,17 +38,19 @@ class Run:
     budget: Budget
     db: str | None
     device: str
-    target: str | None  # None measures
+    targets: tuple[str, ...]  # none measures
     retune: bool
     jobs: int
     check: bool  # in the interpreter, before predicting
     policy: str = DEFAULT_POLICY
+    retry_quarantined: bool = False
 
 
 @dataclass(frozen=True)
 class Guess:
     """The configs of one problem that an absent GPU could run, fastest guess first."""
 
+    target: str
     spec: KernelSpec
     problem: Problem
     ranked: list[Prediction]
@@ -58,40 +62,55 @@ def execute(run: Run) -> int:
     from .progress import TuneDisplay
 
     interrupted, right = False, True
+    lost: WorkerError | None = None
     guesses: list[Guess] = []
     with TuningStore(run.db) as store:
         if store.read_only:
             values = {"database": str(store.location)}
             raise StoreError("tuning needs a database that can be written", values, "Name another one with --db.")
-        display = TuneDisplay(errors(), len(run.work))
+        display = TuneDisplay(errors(), len(run.work) * max(1, len(run.targets)))
         try:
             with display:
-                if run.target is None:
+                if not run.targets:
                     measure(run, store, display)
                 else:
                     right = not run.check or check_in_interpreter(run, display)
-                    predict(run, store, display, run.target, guesses)
+                    predict(run, store, display, guesses)
         except KeyboardInterrupt:
             interrupted = True
-        worked = print_winners(display) if run.target is None else print_predictions(run.target, guesses)
+        except WorkerError as error:  # the device is lost: what was found until then is shown first
+            lost = error
+        worked = print_predictions(guesses) if run.targets else print_winners(display)
         if interrupted:
-            done = "measured" if run.target is None else "found"
+            done = "found" if run.targets else "measured"
             text = f"stopped; everything {done} is kept in {store.location}; the same command resumes"
             errors().print(text, style="yellow", markup=False, soft_wrap=True)
             return EXIT_INTERRUPTED
+    if lost is not None:
+        raise lost
     return 0 if worked and right else EXIT_NO_WINNER
 
 
 def measure(run: Run, store: TuningStore, display: TuneDisplay) -> None:
-    """Tune every problem on the device, then race the winners again in a new process."""
+    """Tune every problem on the device, then race the winners again in a new process.
+
+    What killed an earlier run is stored first and tried once more last.
+    """
+    from ..bench.journal import Journal
     from ..bench.worker import MeasureWorker
     from ..dispatch.fingerprint import current
     from ..search.ahead import compile_ahead
     from ..search.budget import Meter
+    from ..search.quarantine import context_of_run
     from ..search.tuner import tune_problem
 
     here, meter = current(run.device), Meter(run.budget)
-    with MeasureWorker(run.device, policy=run.policy) as worker, compile_ahead(here.capability, run.jobs) as preparer:
+    with (
+        compile_ahead(here.capability, run.jobs) as preparer,
+        Journal(run.device, context=context_of_run(here.to_dict())) as journal,
+        MeasureWorker(run.device, policy=run.policy, journal=journal) as worker,
+    ):
+        settle(journal, store, display)
 
         def library(spec: KernelSpec, problem: Problem) -> TrialResult:
             return worker.measure_library(spec.library, problem)
@@ -106,11 +125,13 @@ def measure(run: Run, store: TuningStore, display: TuneDisplay) -> None:
                 budget=budget,
                 progress=display,
                 retune=run.retune,
+                retry_quarantined=run.retry_quarantined,
                 library=library,
                 preparer=preparer,
             )
         if run.budget.confirm:
             confirm(run, worker, store, display, here.to_dict(), meter)
+        retry_suspects(run, store, display, worker, here.to_dict())
 
 
 def search_budget(total: Budget) -> Budget:
@@ -146,6 +167,32 @@ def confirm(
         display.outcomes[number] = replace(outcome, winner=confirm_winner(task, measurer=worker, store=store))
 
 
+def settle(journal: Journal, store: TuningStore, display: TuneDisplay | CodesignDisplay) -> None:
+    """Store what an earlier run was at when it died."""
+    from ..search.quarantine import store_suspects
+
+    suspects = journal.unfinished()
+    store_suspects(store, suspects)
+    for suspect in suspects:
+        display.note(f"{suspect.family}: an earlier run died: {suspect.result().reason}  {dict(suspect.config)}")
+    journal.settle()
+
+
+def retry_suspects(
+    run: Run, store: TuningStore, display: TuneDisplay, worker: MeasureWorker, fingerprint: dict[str, str]
+) -> None:
+    """Measure once more, when all else is done, what a journal suspects."""
+    from ..codegen.render import template_digest
+    from ..search.quarantine import retry_suspected
+    from ..search.task import Task
+
+    for spec, problem in run.work:
+        for trial in retry_suspected(
+            store, Task(spec, problem, fingerprint, template_digest(spec), run.policy), worker
+        ):
+            display.note(f"{spec.family}: tried once more: {trial.status} {trial.reason}  {trial.config}")
+
+
 def check_in_interpreter(run: Run, display: TuneDisplay) -> bool:
     """Run each family's default and structural variants on its smallest case, without a GPU; False if one is wrong."""
     from ..search import interpret
@@ -164,11 +211,13 @@ def check_in_interpreter(run: Run, display: TuneDisplay) -> bool:
     return right
 
 
-def predict(run: Run, store: TuningStore, display: TuneDisplay, target: str, guesses: list[Guess]) -> None:
-    """Rank every problem's configs for an absent GPU; what is found is appended to `guesses`."""
+def predict(run: Run, store: TuningStore, display: TuneDisplay, guesses: list[Guess]) -> None:
+    """Rank every problem's configs for each absent GPU; what is found is appended to `guesses`."""
     from ..search.predict import predict_problem, stored_predictions
 
-    for spec, problem, budget in shares(run.budget, run.work):
+    targets = (target for target in run.targets for _ in run.work)
+    for spec, problem, budget in shares(run.budget, run.work * len(run.targets)):
+        target = next(targets)
         try:
             ranked = predict_problem(
                 spec, problem, target=target, store=store, budget=budget, progress=display, processes=run.jobs
@@ -176,9 +225,9 @@ def predict(run: Run, store: TuningStore, display: TuneDisplay, target: str, gue
         except KeyboardInterrupt:
             ranked = stored_predictions(spec, problem, target=target, store=store)
             if ranked:
-                guesses.append(Guess(spec, problem, ranked))
+                guesses.append(Guess(target, spec, problem, ranked))
             raise
-        guesses.append(Guess(spec, problem, ranked))
+        guesses.append(Guess(target, spec, problem, ranked))
 
 
 def shares(total: Budget, work: Sequence[Work]) -> Iterator[tuple[KernelSpec, Problem, Budget]]:
@@ -220,16 +269,20 @@ def verdict_text(winner: WinnerRecord) -> str:
     return f"{winner.verdict}, {len(winner.tied)} tied" if winner.tied else winner.verdict
 
 
-def print_predictions(target: str, guesses: Sequence[Guess]) -> bool:
-    """The table of predictions, labelled as such; False if nothing of a problem would run."""
+def print_predictions(guesses: Sequence[Guess]) -> bool:
+    """A table of predictions for each target, labelled as such; False if nothing of a problem would run."""
     if not guesses:  # interrupted before the first
         return True
-    rows = [_prediction_row(guess) for guess in guesses]
     columns = ("family", "problem", "usable", "guess us", "default's guess us", "registers", "shared KiB", "config")
-    title = f"predictions for {target} by a cost model: nothing was measured, nothing of this is served"
     less = ("shared KiB", "registers", "usable")
-    output().print(make_table(title, columns, rows, columns[2:7], less))
-    text = "on such a GPU `nsa-autotune tune` measures, and tries the best of these first"
+    for target in dict.fromkeys(guess.target for guess in guesses):
+        rows = [_prediction_row(guess) for guess in guesses if guess.target == target]
+        title = f"predictions for {target} by a cost model: nothing was measured"
+        output().print(make_table(title, columns, rows, columns[2:7], less))
+    text = (
+        "on such a GPU `nsa-autotune tune` measures, and tries the best of these first; "
+        "until then they are served, labelled as predicted, where no winner applies"
+    )
     errors().print(text, markup=False, soft_wrap=True)
     return all(guess.ranked for guess in guesses)
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from ..errors import KernelError
+from ..errors import InvalidConfig, KernelError
 from ..spec import Config, KernelSpec, Problem
+from .grid import Launches, watch_launches
 from .load import explain, load
 from .machine_code import join_shas, machine_code_sha, usage_of
 from .render import Rendered, render
@@ -30,6 +31,8 @@ class Resources:
     num_warps: int
     binary_sha: str  # identity of the machine code of all kernels of the variant
     compile_ms: float
+    num_programs: int = 0  # of the kernel that starts the most; 0 if it is not known
+    call_sha: str = ""  # identity of the grids and run-time arguments
 
     def to_dict(self) -> dict[str, Any]:
         """By name, ready for JSON."""
@@ -57,25 +60,29 @@ def need_compiler() -> None:
 
 
 def compile_variant(spec: KernelSpec, problem: Problem, config: Config, target: str = "cuda:90") -> Resources:
-    """Compile in this process for `target`; raises KernelError, with template lines, if that or running there fails."""
+    """Compile in this process for `target`; KernelError, with template lines, if that or running there fails.
+
+    InvalidConfig for an option that the target's compiler does not have.
+    """
     need_compiler()
     goal = parse_target(target)
+    _check_options(config, goal)
     rendered = render(spec, problem, config)
-    module = load(rendered)
+    launch, seen = watch_launches(load(rendered))
     arguments = meta_arguments(spec, problem)
     started = time.perf_counter()
     try:
         with absent_gpu(goal):
-            kernels = module.launch(**arguments, warmup=True)
+            kernels = launch(**arguments, warmup=True)
     except Exception as error:  # whatever the compiler raises is this variant's failure, told with its template lines
         raise KernelError(f"{spec.family} does not compile for {target}: {explain(error, rendered)}") from error
     compile_ms = (time.perf_counter() - started) * 1e3
-    resources = combine_resources([_read(kernel) for kernel in kernels], compile_ms)
+    resources = combine_resources([_read(kernel) for kernel in kernels], compile_ms, seen)
     _check_fits(resources, goal, rendered)
     return resources
 
 
-def combine_resources(parts: list[Resources], compile_ms: float) -> Resources:
+def combine_resources(parts: list[Resources], compile_ms: float, seen: Launches) -> Resources:
     """The largest demand over a variant's kernels."""
     return Resources(
         registers=max(part.registers for part in parts),
@@ -84,7 +91,15 @@ def combine_resources(parts: list[Resources], compile_ms: float) -> Resources:
         num_warps=max(part.num_warps for part in parts),
         binary_sha=join_shas([part.binary_sha for part in parts]),
         compile_ms=compile_ms,
+        num_programs=max(seen.programs, default=0),
+        call_sha=seen.call_sha,
     )
+
+
+def _check_options(config: Config, target: Target) -> None:
+    if target.backend == "hip" and config.get("maxnreg"):
+        values = {"target": target.name, "maxnreg": config["maxnreg"]}
+        raise InvalidConfig("Triton caps registers for NVIDIA only", values, "Use maxnreg=0.")
 
 
 def _check_fits(resources: Resources, target: Target, rendered: Rendered) -> None:

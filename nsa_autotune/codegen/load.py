@@ -49,8 +49,9 @@ def write_source(rendered: Rendered, folder: Path | None = None) -> Path:
         write_atomic(path.with_suffix(".map.json"), json.dumps(rendered.line_map))
         write_atomic(path, rendered.source)
     except OSError as error:
-        remedy = "Set NSA_AUTOTUNE_CACHE_DIR to a folder you may write."
-        raise KernelError("generated kernels need a writable folder", {"folder": str(path.parent)}, remedy) from error
+        values = {"folder": str(path.parent), "message": str(error)}
+        remedy = "Set NSA_AUTOTUNE_CACHE_DIR to a folder you may write, or free some space."
+        raise KernelError("generated kernels need a writable folder", values, remedy) from error
     return path
 
 

@@ -29,3 +29,14 @@ def cache_dir() -> Path:
 def generated_dir() -> Path:
     """The folder of rendered variants inside the cache."""
     return cache_dir() / "generated"
+
+
+def state_dir() -> Path:
+    """Where the journals of running tuners are kept: NSA_AUTOTUNE_STATE_DIR, or the user's state folder."""
+    chosen = os.environ.get("NSA_AUTOTUNE_STATE_DIR")
+    if chosen:
+        return Path(chosen)
+    base = Path(os.environ.get("XDG_STATE_HOME", ""))
+    if not base.is_absolute():  # the XDG rules say that a relative path must be ignored
+        base = Path.home() / ".local" / "state"
+    return base / "nsa_autotune"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import time
 import traceback
@@ -17,8 +19,13 @@ from typing import Any
 from ..errors import InvalidConfig, InvalidProblem, KernelError, NSAError, RenderError
 from ..spec import Config, KernelSpec, Problem
 from .compile import Resources, compile_variant, need_compiler
-from .lifetime import die_with_parent
+from .lifetime import die_with_parent, has_ended, odd_state
 
+logger = logging.getLogger(__name__)
+
+MAX_ANSWER_BYTES = 1 << 24
+KILL_WAIT_S = 5.0
+LAST_WORDS_S = 5.0
 JOBS_AHEAD = 2  # with a child: the one it compiles, and the next
 
 
@@ -57,7 +64,10 @@ def _compile(spec: KernelSpec, job: CompileJob, target: str) -> CompileOutcome:
     except RenderError as error:
         return CompileOutcome(job, "render", str(error))
     except KernelError as error:
-        return CompileOutcome(job, "resource" if "limit_bytes" in error.values else "compile", str(error))
+        short = "limit_bytes" in error.values or isinstance(error.__cause__, OSError)  # of shared memory, of disk
+        return CompileOutcome(job, "resource" if short else "compile", str(error))
+    except OSError as error:
+        return CompileOutcome(job, "resource", f"the compiler cannot read or write its files: {error}")
     except NSAError as error:
         return CompileOutcome(job, "compile", str(error))
     return CompileOutcome(job, "ok", resources=resources)
@@ -93,12 +103,16 @@ def _start(specs: dict[str, KernelSpec], target: str) -> _Child:
 
 
 def _stop(child: _Child) -> None:
+    """End a child with all it started; one that is stuck in a system call is told, and left behind."""
+    pid = child.process.pid
     with suppress(ProcessLookupError, PermissionError):
-        os.setpgid(child.process.pid, child.process.pid)  # it may not have come to that itself
+        os.setpgid(pid, pid)  # it may not have come to that itself
     with suppress(ProcessLookupError, PermissionError):
-        os.killpg(child.process.pid, signal.SIGKILL)  # the assembler too
+        os.killpg(pid, signal.SIGKILL)  # the assembler too
     child.process.kill()
-    child.process.join()
+    child.process.join(KILL_WAIT_S)
+    if child.process.exitcode is None:
+        logger.error("compiler process %d does not end when it is killed: it is %s", pid, odd_state(pid) or "running")
     child.pipe.close()
 
 
@@ -115,6 +129,7 @@ class CompilePool:
 
         self._specs, self._target, self._timeout_s = specs, target, timeout_s
         self._waiting: deque[CompileJob] = deque()
+        self._crashed: list[CompileJob] = []  # once
         self._children: list[_Child] = []
         self._processes = processes
 
@@ -152,14 +167,18 @@ class CompilePool:
     def _hand_out(self) -> None:
         """Give each child a job, then a second one that it finds when it is done with the first."""
         for depth in range(JOBS_AHEAD):
-            for child in self._children:
-                if len(child.jobs) == depth and self._waiting:
-                    job = self._waiting.popleft()
-                    if not child.jobs:
-                        child.deadline = time.monotonic() + self._timeout_s
-                    child.jobs.append(job)
-                    with suppress(BrokenPipeError):  # it died: _collect finds out
-                        child.pipe.send(job)
+            for index, child in enumerate(self._children):
+                if len(child.jobs) != depth or not self._waiting:
+                    continue
+                try:
+                    child.pipe.send(self._waiting[0])
+                except OSError:  # it died
+                    if not child.jobs:  # of nothing that we gave it; else _collect finds out
+                        _stop(child)
+                        self._children[index] = _start(self._specs, self._target)
+                    continue
+                child.deadline = child.deadline if child.jobs else time.monotonic() + self._timeout_s
+                child.jobs.append(self._waiting.popleft())
 
     def _collect(self) -> Iterator[CompileOutcome]:
         """Answers, deaths and overruns of the busy children; blocks for at most a fifth of a second."""
@@ -167,26 +186,37 @@ class CompilePool:
         now = time.monotonic()
         for index, child in enumerate(self._children):
             if child.jobs and child.pipe in ready:
-                try:
-                    outcome = child.pipe.recv()
-                except (EOFError, ConnectionResetError):
-                    child.process.join()
-                    yield self._lose(index, "crash", f"the compiler died, exit code {child.process.exitcode}")
-                    continue
-                child.jobs.popleft()
-                child.deadline = now + self._timeout_s
+                outcome = _answer(child)
+                if outcome.status == "crash":
+                    self._lose(index)
+                    if self._may_try_again(outcome.job):
+                        continue
+                else:
+                    child.jobs.popleft()
+                    child.deadline = now + self._timeout_s
                 yield outcome
             elif child.jobs and now > child.deadline:
-                yield self._lose(index, "timeout", "the compiler ran past its time limit")
+                state = odd_state(child.process.pid)
+                reason = "the compiler ran past its time limit" + (f"; the process is {state}" if state else "")
+                outcome = CompileOutcome(child.jobs[0], "timeout", reason)
+                self._lose(index)
+                yield outcome
 
-    def _lose(self, index: int, status: str, reason: str) -> CompileOutcome:
+    def _may_try_again(self, job: CompileJob) -> bool:
+        """Put a job back whose process died for the first time: the host may have killed it for want of memory."""
+        if job in self._crashed:
+            return False
+        self._crashed.append(job)
+        self._waiting.appendleft(job)
+        return True
+
+    def _lose(self, index: int) -> None:
         """Replace a child; the job that it worked on is to blame, the one behind it goes back."""
         child = self._children[index]
         _stop(child)
-        job = child.jobs.popleft()
+        child.jobs.popleft()
         self._waiting.extendleft(reversed(child.jobs))
         self._children[index] = _start(self._specs, self._target)
-        return CompileOutcome(job, status, reason)
 
 
 def compile_many(
@@ -204,3 +234,28 @@ def compile_many(
             yield from outcomes
     finally:
         pool.close()
+
+
+def _answer(child: _Child) -> CompileOutcome:
+    """What a child says that has something to say, or how it died."""
+    job = child.jobs[0]
+    try:
+        outcome = pickle.loads(child.pipe.recv_bytes(MAX_ANSWER_BYTES))
+    except (EOFError, ConnectionResetError):
+        has_ended(child.process.pid, LAST_WORDS_S)  # its pipe is closed: it is ending
+        code = _exit_code(child)
+        return CompileOutcome(job, "crash", f"the compiler died, exit code {code}")
+    except Exception as error:  # unpickling garbage raises anything
+        return CompileOutcome(job, "crash", f"the compiler answered nonsense: {type(error).__name__}: {error}")
+    if not isinstance(outcome, CompileOutcome) or outcome.job != job:
+        return CompileOutcome(job, "crash", f"the compiler answered nonsense: {str(outcome)[:200]}")
+    return outcome
+
+
+def _exit_code(child: _Child) -> int | None:
+    """The exit code of a child that has ended; what it started is ended first, while its group is surely its own."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.process.pid, signal.SIGKILL)
+    child.process.join(KILL_WAIT_S)
+    code: int | None = child.process.exitcode
+    return code

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import UnknownName
 
-# largest dynamic shared memory of one program, bytes (CUDA programming guide, table of compute capabilities)
+# largest dynamic shared memory of one program, bytes (CUDA programming guide, table of compute capabilities; CDNA3 ISA)
 SHARED_LIMITS_BYTES = {
     "cuda:80": 166_912,
     "cuda:86": 101_376,
@@ -17,20 +17,26 @@ SHARED_LIMITS_BYTES = {
     "cuda:90": 232_448,
     "cuda:100": 232_448,
     "cuda:120": 101_376,
+    "hip:gfx942": 65_536,
 }
 
 
 @dataclass(frozen=True)
 class Target:
-    """What to compile for: `cuda:90` is compute capability 9.0."""
+    """What to compile for: `cuda:90` is compute capability 9.0, `hip:gfx942` an MI300."""
 
     backend: str
-    arch: int
+    arch: int | str
 
     @property
     def name(self) -> str:
         """The form that users type."""
         return f"{self.backend}:{self.arch}"
+
+    @property
+    def warp_size(self) -> int:
+        """Threads a warp."""
+        return 64 if self.backend == "hip" else 32
 
     @property
     def shared_limit_bytes(self) -> int:
@@ -44,7 +50,7 @@ def parse_target(name: str) -> Target:
         known = ", ".join(SHARED_LIMITS_BYTES)
         raise UnknownName("no such compilation target", {"target": name}, f"Known targets: {known}.")
     backend, arch = name.split(":")
-    return Target(backend, int(arch))
+    return Target(backend, int(arch) if backend == "cuda" else arch)
 
 
 def shared_limit_bytes(name: str) -> int:
@@ -61,7 +67,7 @@ class _AbsentDriver:
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget(self._target.backend, self._target.arch, 32)
+        return GPUTarget(self._target.backend, self._target.arch, self._target.warp_size)
 
     def get_current_device(self) -> int:
         return 0

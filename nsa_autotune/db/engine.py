@@ -131,14 +131,25 @@ def store_errors(location: Location) -> Iterator[None]:
 
 
 def _explain(error: Exception, location: Location) -> StoreError:
-    message = str(getattr(error, "orig", None) or error)
-    values: dict[str, object] = {"database": str(location), "message": message.splitlines()[0] if message else ""}
+    messages = [str(getattr(step, "orig", None) or step) for step in _chain(error)]
+    values: dict[str, object] = {"database": str(location), "message": (messages[0].splitlines() or [""])[0]}
     if location.path is not None:
         values["folder"] = str(location.path.parent)
-    for fragments, rule, remedy in EXPLANATIONS:
-        if any(fragment in message.lower() for fragment in fragments):
-            return StoreError(rule, values, remedy)
+    for message in messages:
+        for fragments, rule, remedy in EXPLANATIONS:
+            if any(fragment in message.lower() for fragment in fragments):
+                return StoreError(rule, {**values, "message": message.splitlines()[0]}, remedy)
     return StoreError("the database refused the operation", values, "Nothing of it was written.")
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and what it arose from: a full disk ends the transaction, and then its rollback fails as well."""
+    step: BaseException | None = error
+    seen: list[BaseException] = []
+    while step is not None and step not in seen:
+        seen.append(step)
+        yield step
+        step = step.__cause__ or step.__context__
 
 
 def _make_folder(folder: Path) -> None:

@@ -29,6 +29,7 @@ PROBLEM_COLUMNS = (
     "dtype",
     "locality",
 )
+RESOURCE_COLUMNS = ("registers", "shared_bytes", "spill_bytes", "num_warps", "occupancy")
 
 
 def query_rows(
@@ -103,6 +104,7 @@ def trial_columns(record: TrialRecord, current_templates: Mapping[str, str] | No
         "stage": record.stage,
         "policy": record.policy,
         "config": canonical_json(record.config),
+        **{name: (record.resources or {}).get(name) for name in RESOURCE_COLUMNS},
         "resources": None if record.resources is None else canonical_json(record.resources),
         "reason": record.reason,
         "stale": _is_stale(record, current_templates),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 
-from sqlalchemy import ColumnElement, Select, select
+from sqlalchemy import ColumnElement, Select, func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
@@ -69,6 +69,22 @@ def upsert_winner(session: Session, record: WinnerRecord, origin: str = "") -> b
 def read_trials(session: Session, where: Mapping[str, str | None], limit: int | None = None) -> list[TrialRecord]:
     """The trials whose columns equal the values that are not None, newest first."""
     return [trial_of(*row) for row in session.execute(select_trials(conditions(TRIAL_FILTERS, where), limit))]
+
+
+def read_predictions(session: Session, where: Mapping[str, str | None], limit: int) -> list[TrialRecord]:
+    """The `limit` fastest guesses of each problem; of a config only the newest counts."""
+    age = func.row_number().over(
+        partition_by=(TrialRow.problem_id, TrialRow.variant_id), order_by=(TrialRow.created.desc(), TrialRow.id.desc())
+    )
+    found = select(TrialRow.id, TrialRow.problem_id, TrialRow.predicted_us, age.label("age"))
+    for other in (FingerprintRow, ProblemRow, VariantRow):
+        found = found.join(other)
+    guesses = found.where(*conditions(TRIAL_FILTERS, {**where, "kind": "predicted"})).subquery()
+    place = func.row_number().over(partition_by=guesses.c.problem_id, order_by=(guesses.c.predicted_us, guesses.c.id))
+    ranked = select(guesses.c.id, place.label("place")).where(guesses.c.age == 1, guesses.c.predicted_us.is_not(None))
+    best = ranked.subquery()
+    wanted = select(best.c.id).where(best.c.place <= limit)
+    return [trial_of(*row) for row in session.execute(select_trials([TrialRow.id.in_(wanted)]))]
 
 
 def read_winners(session: Session, where: Mapping[str, str | None], limit: int | None = None) -> list[WinnerRecord]:

@@ -33,7 +33,9 @@ from .models import ShippedFileRow, WinnerRow
 from .paths import DATABASE_VARIABLE, chosen_url, shipped_files
 from .query import query_rows
 from .records import TrialRecord, WinnerRecord
-from .rows import insert_trial, read_trials, read_winners, upsert_winner
+from .rows import insert_trial, read_predictions, read_trials, read_winners, upsert_winner
+
+PREDICTIONS = 16  # of a problem that are worth a look: not all of them run everywhere
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +115,14 @@ class TuningStore:
         }
         with self._transaction() as session:
             return read_trials(session, where, limit)
+
+    def predictions(
+        self, *, family: str, capability: str, template_digest: str, limit: int = PREDICTIONS
+    ) -> list[TrialRecord]:
+        """The `limit` best predictions of each problem for an architecture; of a config the newest counts."""
+        where = {"family": family, "capability": capability, "template_digest": template_digest}
+        with self._transaction() as session:
+            return read_predictions(session, where, limit)
 
     def set_winner(self, record: WinnerRecord) -> bool:
         """Store the winner of (fingerprint, family, problem key, template, policy) in the place of the one before.

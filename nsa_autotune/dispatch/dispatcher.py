@@ -6,22 +6,26 @@ import itertools
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FunctionType
 from typing import Any, Protocol
 
-import torch
-
 from ..codegen.load import explain, load
-from ..codegen.render import render, template_digest
+from ..codegen.render import Rendered, render, template_digest
 from ..config import NSAConfig
 from ..errors import InvalidInput, KernelError, NotTuned
-from ..spec import DEFAULT_LOCALITY, Config, KernelSpec, Problem
+from ..spec import DEFAULT_LOCALITY, DEFAULT_POLICY, Config, KernelSpec, Problem
 from .fingerprint import Fingerprint, current
-from .ladder import Choice, Step, Winner, choose
+from .ladder import Choice, Step, Winner, choose, choose_predicted
+from .misses import Misses
+from .plan import PreparedLaunch
+from .self_test import require_prepared_launches
 
 logger = logging.getLogger("nsa_autotune")
 
-Launch = Callable[..., Any]
+Serve = Callable[[Mapping[str, Any]], None]  # launches with the tensors and numbers of one call, by name
 # Operators of torch.library take tensors, numbers and strings only, so a dispatcher goes by a number.
 _numbers = itertools.count(1)
 _dispatchers: weakref.WeakValueDictionary[int, Dispatcher] = weakref.WeakValueDictionary()
@@ -34,11 +38,30 @@ class WinnerSource(Protocol):
         """All winners of one family."""
 
 
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """A rendered kernel and its module's launch function."""
+
+    rendered: Rendered
+    launch: FunctionType
+
+    def serve(self, trusted: Callable[[], None], ordinary: Counter[str]) -> Serve:
+        """What launches it for one shape."""
+        return PreparedLaunch(self.launch, trusted, ordinary, self._explained)
+
+    def _explained(self, error: Exception) -> KernelError:
+        """The compiler's own errors name generated lines; say which template lines."""
+        return KernelError(f"{self.rendered.family} failed: {explain(error, self.rendered)}")
+
+
 class Dispatcher:
     """Serves the best known variant of each problem.
 
     strict: raise NotTuned unless an exact winner is known. locality: how alike the selections of adjacent tokens are
-    assumed to be (the tensors do not tell without a synchronisation); 0 is the worst case.
+    assumed to be (the tensors do not tell without a synchronisation); 0 is the worst case. policy: whose winners go
+    first (decoding from CUDA graphs wants those of "graph-cold"). trusted: raises CannotPrepareError where launches
+    must not be prepared (by default where they fail their self-test).
+    Winners are read once a family; `refresh` forgets them.
     """
 
     def __init__(
@@ -47,17 +70,25 @@ class Dispatcher:
         *,
         strict: bool = False,
         locality: float = DEFAULT_LOCALITY,
+        policy: str = DEFAULT_POLICY,
         fingerprint: Fingerprint | None = None,
+        trusted: Callable[[], None] = require_prepared_launches,
     ) -> None:
         self.number = next(_numbers)
         _dispatchers[self.number] = self
         self.strict = strict
         self.locality = locality
+        self.policy = policy
         self.stats: Counter[str] = Counter()  # how many shapes stand on each step
+        self.ordinary: Counter[str] = Counter()  # launches by Triton itself, by the reason why none was prepared
+        self.misses = Misses()
         self._source = source
         self._fingerprint = fingerprint
-        self._plans: dict[Hashable, Launch] = {}
-        self._modules: dict[str, Launch] = {}
+        self._trusted = trusted
+        self._plans: dict[Hashable, Serve] = {}
+        self._winners: dict[str, Sequence[Winner]] = {}
+        self._choices: dict[tuple[str, str], Choice] = {}  # by family and problem key: lengths of a bucket share one
+        self._variants: dict[str, Variant] = {}
         self._said: set[str] = set()
         self._strict_twin: Dispatcher | None = None
 
@@ -70,26 +101,46 @@ class Dispatcher:
         if self.strict:
             return self
         if self._strict_twin is None:
-            self._strict_twin = Dispatcher(
-                self._source, strict=True, locality=self.locality, fingerprint=self._fingerprint
-            )
+            how: dict[str, Any] = {
+                "locality": self.locality,
+                "policy": self.policy,
+                "fingerprint": self._fingerprint,
+                "trusted": self._trusted,
+            }
+            self._strict_twin = Dispatcher(self._source, strict=True, **how)
+            self._strict_twin.misses, self._strict_twin.ordinary = self.misses, self.ordinary
         return self._strict_twin
+
+    def refresh(self) -> None:
+        """Forget winners and plans: the next call of each shape asks the source again, as after tuning."""
+        self._winners.clear()
+        self._choices.clear()
+        self._plans.clear()
+        if self._strict_twin is not None:
+            self._strict_twin.refresh()
+
+    def export_misses(self, path: str | Path) -> int:
+        """Write the problems served below the exact step, a JSON object a line, for `tune --from-misses`."""
+        return self.misses.export(path)
 
     def launch(
         self, spec: KernelSpec, shape: Hashable, problem: Callable[[], Problem], device: Any, tensors: dict[str, Any]
     ) -> None:
-        """Run the family's kernel; `shape` names the call, `problem()` describes it when it is new."""
-        plan = self._plans.get(shape)
-        if plan is None:
+        """Run the family's kernel; `shape` names the call, `problem()` describes it when it is new.
+
+        Calls of one `shape` have tensors of the same sizes on the same device; strides and numbers may differ.
+        """
+        serve = self._plans.get(shape)
+        if serve is None:
             self._plans[shape] = self._first_launch(spec, problem(), device, tensors)
         else:
-            plan(**tensors)
+            serve(tensors)
 
-    def _first_launch(self, spec: KernelSpec, problem: Problem, device: Any, tensors: dict[str, Any]) -> Launch:
+    def _first_launch(self, spec: KernelSpec, problem: Problem, device: Any, tensors: dict[str, Any]) -> Serve:
         choice = self.choose(spec, problem, device)
         try:
-            plan = self._load(spec, problem, choice.config)
-            plan(**tensors)
+            serve = self._load(spec, problem, choice.config).serve(self._trusted, self.ordinary)
+            serve(tensors)
         except KernelError as error:
             if self.strict or choice.step is Step.DEFAULT:
                 raise
@@ -97,24 +148,59 @@ class Dispatcher:
                 "%s: the %s does not run here, using the default config: %s", spec.family, choice.step, error
             )
             choice = Choice(spec.default_config(problem), Step.DEFAULT)
-            plan = self._load(spec, problem, choice.config)
-            plan(**tensors)
+            serve = self._load(spec, problem, choice.config).serve(self._trusted, self.ordinary)
+            serve(tensors)
         self.stats[choice.step] += 1
-        return plan
+        return serve if choice.step is Step.EXACT else self._counting(spec, problem, choice.step, serve)
+
+    def _counting(self, spec: KernelSpec, problem: Problem, step: Step, serve: Serve) -> Serve:
+        """`serve`, its launches counted as a miss."""
+        miss = self.misses.note(spec, problem, step)
+        miss.count += 1
+
+        def serve_missed(tensors: Mapping[str, Any]) -> None:
+            miss.count += 1
+            serve(tensors)
+
+        return serve_missed
 
     def choose(self, spec: KernelSpec, problem: Problem, device: Any = "cuda:0") -> Choice:
         """The config that serves the problem; logs once below the first step, raises NotTuned if strict."""
         here = self._fingerprint or current(str(device))
         spec.check_problem(problem)
-        winners = self._source.winners(family=spec.family) if self._source is not None else ()
-        choice = choose(spec, problem, winners, here, template_digest(spec))
+        choice = self._choose(spec, problem, here)
         if choice.step is not Step.EXACT:
             self._report(spec, problem, choice, here)
         return choice
 
+    def _choose(self, spec: KernelSpec, problem: Problem, here: Fingerprint) -> Choice:
+        """The ladder's answer, remembered for the bucket where it is legal for every length."""
+        key = (spec.family, f"{here.gpu} {spec.problem_key(problem)}")
+        known = self._choices.get(key)
+        if known is not None and spec.broken_constraint(problem, known.config) is None:
+            return Choice(dict(known.config), known.step, known.tuned_key)
+        if spec.family not in self._winners:
+            self._winners[spec.family] = () if self._source is None else self._source.winners(family=spec.family)
+        choice = choose(spec, problem, self._winners[spec.family], here, template_digest(spec), self.policy)
+        if choice.step is Step.DEFAULT and not self.strict:
+            choice = self._predicted(spec, problem, here) or choice
+        if choice.step is not Step.DEFAULT:  # a default is made for the very problem
+            self._choices[key] = choice
+        return Choice(dict(choice.config), choice.step, choice.tuned_key)
+
+    def _predicted(self, spec: KernelSpec, problem: Problem, here: Fingerprint) -> Choice | None:
+        """What a cost model takes for the fastest here, where the source has predictions."""
+        predictions = getattr(self._source, "predictions", None)  # a source need not have any
+        if predictions is None:
+            return None
+        digest = template_digest(spec)
+        found = predictions(family=spec.family, capability=here.capability, template_digest=digest)
+        return choose_predicted(spec, problem, found, here, digest)
+
     def _report(self, spec: KernelSpec, problem: Problem, choice: Choice, here: Fingerprint) -> None:
         command = tune_command(spec, problem)
         if self.strict:
+            self.misses.note(spec, problem, None).count += 1
             values = {"family": spec.family, "gpu": here.gpu, "problem": spec.problem_key(problem)}
             raise NotTuned("strict=True serves exact winners only", values, f"Run: {command}")
         key = f"{spec.family} {spec.problem_key(problem)}"
@@ -122,21 +208,14 @@ class Dispatcher:
             self._said.add(key)
             logger.warning("%s on %s: serving the %s; to tune it: %s", spec.family, here.gpu, choice.step, command)
 
-    def _load(self, spec: KernelSpec, problem: Problem, config: Config) -> Launch:
-        rendered = render(spec, problem, config)
-        if rendered.digest not in self._modules:
-            raw: Launch = load(rendered).launch
-
-            def launch(**tensors: Any) -> Any:
-                try:
-                    return raw(**tensors)
-                except torch.OutOfMemoryError:
-                    raise  # the caller's to mend: no other config would need less
-                except Exception as error:  # the compiler's own errors name generated lines; say which template lines
-                    raise KernelError(f"{spec.family} failed: {explain(error, rendered)}") from error
-
-            self._modules[rendered.digest] = launch
-        return self._modules[rendered.digest]
+    def _load(self, spec: KernelSpec, problem: Problem, config: Config) -> Variant:
+        spec.check_problem(problem)
+        spec.check_config(problem, config)
+        digest = spec.variant_digest(problem, config, template_digest(spec))
+        if digest not in self._variants:  # a new length of a known variant renders nothing
+            rendered = render(spec, problem, config)
+            self._variants[digest] = Variant(rendered, load(rendered).launch)
+        return self._variants[digest]
 
 
 def by_number(number: int) -> Dispatcher:

@@ -15,7 +15,7 @@ class Fingerprint:
     """GPU name and capability; versions of driver, CUDA, torch, Triton and the assembler that Triton calls."""
 
     gpu: str
-    capability: str  # "9.0"
+    capability: str  # "9.0"; "gfx942" of a target by AMD
     driver: str
     cuda: str
     torch: str
@@ -78,5 +78,5 @@ def for_target(target: str) -> Fingerprint:
     import triton
 
     arch = target.split(":")[-1]
-    capability = f"{arch[:-1]}.{arch[-1]}"
+    capability = f"{arch[:-1]}.{arch[-1]}" if arch.isdigit() else arch
     return Fingerprint(f"target {target}", capability, driver="", cuda="", torch="", triton=triton.__version__)

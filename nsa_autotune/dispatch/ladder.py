@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
-from ..spec import Config, KernelSpec, Problem
+from ..spec import DEFAULT_POLICY, Config, KernelSpec, Problem, canonical_json
 from .fingerprint import Fingerprint
 
 
@@ -17,9 +17,10 @@ class Step(StrEnum):
     """How well the served config fits the problem."""
 
     EXACT = "exact winner"
-    OTHER_TOOLCHAIN = "winner of this problem on this GPU, measured with other versions"
+    OTHER_TOOLCHAIN = "winner of this problem on this GPU, measured with other versions or under another policy"
     NEAREST = "winner of the nearest problem on this GPU"
     ARCHITECTURE = "winner on another GPU of this architecture"
+    PREDICTED = "best prediction for this architecture, where nothing was measured"
     DEFAULT = "default config"
 
 
@@ -36,6 +37,19 @@ class Winner(Protocol):
     def config(self) -> Config: ...
     @property
     def template_digest(self) -> str: ...
+    @property
+    def policy(self) -> str: ...
+
+
+class Predicted(Winner, Protocol):
+    """What the ladder reads of a stored prediction."""
+
+    @property
+    def status(self) -> str: ...
+    @property
+    def predicted_us(self) -> float | None: ...
+    @property
+    def created(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -72,33 +86,67 @@ def distance(spec: KernelSpec, problem: Problem, key: str) -> float:
 
 
 def choose(
-    spec: KernelSpec, problem: Problem, winners: Iterable[Winner], here: Fingerprint, template_digest: str
+    spec: KernelSpec,
+    problem: Problem,
+    winners: Iterable[Winner],
+    here: Fingerprint,
+    template_digest: str,
+    policy: str = DEFAULT_POLICY,
 ) -> Choice:
-    """The best known config that is legal for the problem."""
+    """The best known config that is legal for the problem; of equals, the one measured under `policy`."""
     key = spec.problem_key(problem)
-    ranked: list[tuple[int, float, str, Choice]] = []
+    ranked: list[tuple[int, float, bool, str, Choice]] = []
     order = list(Step)
     for winner in winners:
         if winner.template_digest != template_digest or spec.broken_constraint(problem, winner.config) is not None:
             continue
         gap = distance(spec, problem, winner.problem_key)
-        step = _step(winner, key, gap, here)
+        step = _step(winner, key, gap, here, policy)
         if step is not None:
             choice = Choice(dict(winner.config), step, winner.problem_key)
-            ranked.append((order.index(step), gap, winner.problem_key, choice))
+            ranked.append((order.index(step), gap, winner.policy != policy, winner.problem_key, choice))
     if not ranked:
         return Choice(spec.default_config(problem), Step.DEFAULT)
-    return min(ranked, key=lambda item: item[:3])[3]
+    return min(ranked, key=lambda item: item[:4])[4]
 
 
-def _step(winner: Winner, key: str, gap: float, here: Fingerprint) -> Step | None:
+def choose_predicted(
+    spec: KernelSpec, problem: Problem, predictions: Iterable[Predicted], here: Fingerprint, template_digest: str
+) -> Choice | None:
+    """The config that is guessed fastest on this architecture, of the nearest problem; None if there is none.
+
+    Only the newest guess of a config counts.
+    """
+    newest: dict[tuple[str, str], Predicted] = {}
+    for found in sorted(predictions, key=lambda found: found.created):
+        alike = _is_prediction(found) and found.fingerprint.get("capability") == here.capability
+        if alike and found.template_digest == template_digest:
+            newest[found.problem_key, canonical_json(found.config)] = found
+    ranked: list[tuple[float, float, str, str]] = []
+    for (key, config), found in newest.items():
+        gap = distance(spec, problem, key)
+        usable = found.status == "ok" and found.predicted_us is not None and not math.isinf(gap)
+        if usable and spec.broken_constraint(problem, found.config) is None:
+            ranked.append((gap, found.predicted_us or 0.0, config, key))
+    if not ranked:
+        return None
+    *_, config, key = min(ranked)
+    return Choice(dict(newest[key, config].config), Step.PREDICTED, key)
+
+
+def _step(winner: Winner, key: str, gap: float, here: Fingerprint, policy: str) -> Step | None:
     if math.isinf(gap):
         return None
     if winner.fingerprint.get("gpu") == here.gpu:
         if winner.problem_key != key:
             return Step.NEAREST
-        return Step.EXACT if dict(winner.fingerprint) == here.to_dict() else Step.OTHER_TOOLCHAIN
-    measured = not str(winner.fingerprint.get("gpu", "")).startswith("target ")  # predictions are not served
-    if measured and winner.fingerprint.get("capability") == here.capability:
+        exact = dict(winner.fingerprint) == here.to_dict() and winner.policy == policy
+        return Step.EXACT if exact else Step.OTHER_TOOLCHAIN
+    if not _is_prediction(winner) and winner.fingerprint.get("capability") == here.capability:
         return Step.ARCHITECTURE
     return None
+
+
+def _is_prediction(known: Winner) -> bool:
+    """True for what was compiled for an absent GPU: it has no device name."""
+    return str(known.fingerprint.get("gpu", "")).startswith("target ")

@@ -96,7 +96,8 @@ class NativeSparseAttention(nn.Module):
         v = {b: proj(x).unflatten(-1, (self.num_kv_heads, self.d_v)) for b, proj in self.v_proj.items()}
         if self.rope_theta is not None:
             cos, sin = rotary_angles(token_positions(x, cu_seqlens), self.d_qk, self.rope_theta, x.dtype)
-            q, k = rotate(q, cos, sin), {b: rotate(k_b, cos, sin) for b, k_b in k.items()}
+            together = rotate(torch.stack(list(k.values())), cos, sin)  # one chain of small operators for all branches
+            q, k = rotate(q, cos, sin), dict(zip(k, together.unbind(), strict=True))
         gates = self.gate_proj(x).sigmoid().unflatten(-1, (self.num_q_heads, 3))  # cmp, slc, win
         o = ops.nsa_attention(
             q,

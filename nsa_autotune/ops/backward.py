@@ -18,7 +18,7 @@ from ..config import NSAConfig
 from ..dense import softmax_dtype
 from ..dispatch.dispatcher import Dispatcher
 from ..layout import PackedLayout
-from ..spec import KernelSpec
+from ..spec import KernelSpec, Problem
 from . import checks, launches, serve
 from .serve import Call
 
@@ -83,7 +83,7 @@ def _launch(family: str, tensors: dict[str, Any], call: Call) -> None:
     scalars: dict[str, Any] = {"scale": call.scale, "seq_k": call.seq_k}
     given = {**tensors, **index_tensors(spec, call.layout), **{name: scalars[name] for name in spec.scalars}}
     locality = (call.dispatcher or serve.default_dispatcher()).locality
-    shape = (tuple(q.shape), tuple(k.shape), v.shape[-1], q.dtype, call.config, call.layout is None, call.seq_k)
+    shape = (q.shape, k.shape, v.shape[-1], q.dtype, call.config, serve.packing_of(call.layout), call.seq_k)
     how: dict[str, Any] = {"seq_k": call.seq_k, "d_v": v.shape[-1], "locality": locality}
     problem = partial(serve.describe, q, k, call.config, call.layout, **how)
     serve.launch(call.dispatcher, spec, shape, problem, given, q.device)
@@ -128,9 +128,12 @@ def gate_gradients(
     tokens = do if do.ndim == 4 else do[None]  # packed or not makes no difference here
     names = ("do", "gates", "o_cmp", "o_slc", "o_win", "dgates", "delta_cmp", "delta_slc", "delta_win")
     tensors = dict(zip(names, (do, gates, *outputs, dgates, *deltas), strict=True))
-    problem = partial(serve.describe, tokens, tokens, NSAConfig(), None, seq_k=tokens.shape[1], d_v=tokens.shape[-1])
+
+    def problem() -> Problem:
+        return serve.describe(tokens, tokens, NSAConfig(), None, seq_k=tokens.shape[1], d_v=tokens.shape[-1])
+
     spec = kernels.get_spec("gate_sum_bwd")
-    serve.launch(dispatcher, spec, (tuple(tokens.shape), do.dtype), problem, tensors, do.device)
+    serve.launch(dispatcher, spec, (tokens.shape, do.dtype), problem, tensors, do.device)
     return dgates, deltas
 
 
@@ -196,7 +199,7 @@ def compress_gradients(
         family, hidden = "cmp_mlp_bwd", weights[1].shape[-1]
         tensors |= _phi_tensors(checks.readable(x), weights)
     spec = kernels.get_spec(family)
-    shape = (tuple(x.shape), x.dtype, config, layout is None, hidden)
+    shape = (x.shape, x.dtype, config, serve.packing_of(layout), hidden)
     problem = partial(serve.describe, None, x, config, layout, seq_k=x.shape[-3], d_v=x.shape[-1], phi_hidden=hidden)
     serve.launch(dispatcher, spec, shape, problem, {**tensors, **index_tensors(spec, layout)}, x.device)
     if not weights:

@@ -16,6 +16,7 @@ from ..config import NSAConfig
 from ..dispatch.dispatcher import Dispatcher
 from ..layout import PackedLayout
 from ..reference import PhiWeights
+from ..spec import Problem
 from . import checks, serve
 from .serve import Call
 
@@ -46,7 +47,7 @@ def launch_compress(
         share = phi.position.float().flatten() @ phi.w1.float()  # phi is linear before its activation
         bias = {"b1": phi.b1.float() + share, "b2": phi.b2.float()}
         tensors |= {"w1": phi.w1.contiguous(), "w2": phi.w2.contiguous(), **bias}
-    shape = (tuple(x.shape), x.dtype, config, layout is None, hidden)
+    shape = (x.shape, x.dtype, config, serve.packing_of(layout), hidden)
     problem = partial(serve.describe, None, x, config, layout, seq_k=x.shape[-3], d_v=x.shape[-1], phi_hidden=hidden)
     serve.launch(dispatcher, kernels.get_spec(family), shape, problem, tensors, x.device)
     return out
@@ -70,7 +71,7 @@ def launch_attention(
     extra |= {"seq_k": seq_k} if branch == "cmp" else {}
     extra |= {} if blocks is None else {"blocks": blocks.contiguous()}
     locality = (call.dispatcher or serve.default_dispatcher()).locality
-    shape = (tuple(q.shape), tuple(k.shape), v.shape[-1], q.dtype, config, layout is None, seq_k)
+    shape = (q.shape, k.shape, v.shape[-1], q.dtype, config, serve.packing_of(layout), seq_k)
     tensors = {"q": q, "k": k, "v": v, "o": o, "lse": lse, "scale": call.scale, **extra}
     problem = partial(serve.describe, q, k, config, layout, seq_k=seq_k, d_v=v.shape[-1], locality=locality)
     serve.launch(call.dispatcher, kernels.get_spec(f"{branch}_attn_fwd"), shape, problem, tensors, q.device)
@@ -99,7 +100,7 @@ def launch_select(q: Tensor, k: Tensor, lse: Tensor, call: Call) -> Tensor:
     if k.numel() == 0 or q.numel() == 0:  # fewer tokens than one block: every token selects block 0
         blocks.fill_(-1)[..., 0] = 0
         return blocks
-    shape = (tuple(q.shape), tuple(k.shape), q.dtype, config, layout is None, seq_k)
+    shape = (q.shape, k.shape, q.dtype, config, serve.packing_of(layout), seq_k)
     tensors = {"q": q, "k": k, "lse": lse.contiguous(), "blocks": blocks, "scale": scale, "seq_k": seq_k}
     tensors |= rows(layout, "q_pos", "cmp_start")
     problem = partial(serve.describe, q, k, config, layout, seq_k=seq_k, d_v=k.shape[-1])
@@ -117,7 +118,10 @@ def launch_combine(gates: Tensor, *outputs: Tensor, dispatcher: Dispatcher | Non
         return out
     tokens = o_cmp if o_cmp.ndim == 4 else o_cmp[None]  # packed or not makes no difference here
     tensors = {"o_cmp": o_cmp, "o_slc": o_slc, "o_win": o_win, "gates": gates.contiguous(), "out": out}
-    problem = partial(serve.describe, tokens, tokens, NSAConfig(), None, seq_k=tokens.shape[1], d_v=tokens.shape[-1])
-    shape = (tuple(tokens.shape), out.dtype)
+
+    def problem() -> Problem:
+        return serve.describe(tokens, tokens, NSAConfig(), None, seq_k=tokens.shape[1], d_v=tokens.shape[-1])
+
+    shape = (tokens.shape, out.dtype)
     serve.launch(dispatcher, kernels.get_spec("gate_sum_fwd"), shape, problem, tensors, out.device)
     return out

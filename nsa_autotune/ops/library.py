@@ -8,6 +8,7 @@ operator too. Operators take tensors, numbers and strings: `index` holds those o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ def make_call(x: Tensor, index: Tensors, constants: str, seq_k: int, scale: floa
 
 def exactly(x: Tensor) -> Any:
     """Within it, autocast changes no dtype: operators compute in the dtype of their inputs."""
-    return torch.autocast(x.device.type, enabled=False)
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def filled(found: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:

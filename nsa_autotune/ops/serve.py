@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +44,14 @@ def default_dispatcher() -> Dispatcher:
         return Dispatcher(None)
 
 
+def export_misses(path: str | Path) -> int:
+    """Write what calls without a dispatcher of their own asked for and was not tuned, for `tune --from-misses`.
+
+    One JSON object a line: family, problem, launches, and the step that served; returns how many.
+    """
+    return default_dispatcher().export_misses(path)
+
+
 def handle_of(dispatcher: Dispatcher | None, strict: bool = False) -> int:
     """A number for an operator's argument: twice the dispatcher's own (0 for the default one), plus `strict`."""
     return 2 * (0 if dispatcher is None else dispatcher.number) + strict
@@ -60,6 +69,11 @@ def from_handle(handle: int, x: Tensor) -> Dispatcher | None:
 def scale_of(q: Tensor, scale: float | None) -> float:
     """The factor of the scores: `scale`, or 1 / sqrt(D_QK)."""
     return float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
+
+
+def packing_of(layout: PackedLayout | None) -> int | None:
+    """What the sizes of index tensors depend on besides the numbers of queries and keys; None when batched."""
+    return None if layout is None else layout.num_cmp_rows
 
 
 def index_of(layout: PackedLayout | None) -> list[Tensor]:
@@ -108,7 +122,11 @@ def launch(
     tensors: dict[str, Any],
     device: torch.device,
 ) -> None:
-    """Serve one kernel on `device`; `shape` tells calls apart that need different kernels."""
+    """Serve one kernel on `device`; `shape` tells calls apart whose tensors have other sizes or need other kernels."""
     chosen = dispatcher or default_dispatcher()
+    key = (spec.family, device.index, *shape)
+    if device.index == torch.cuda.current_device():  # to change the device and back takes longer than a launch
+        chosen.launch(spec, key, problem, device, tensors)
+        return
     with torch.cuda.device(device):
-        chosen.launch(spec, (spec.family, device.index, *shape), problem, device, tensors)
+        chosen.launch(spec, key, problem, device, tensors)

@@ -111,7 +111,7 @@ def prepared(outcome: CompileOutcome) -> Prepared:
     if resources.spill_bytes > MAX_SPILL_BYTES:
         reason = f"{resources.spill_bytes} bytes of registers spill a thread, over {MAX_SPILL_BYTES}"
         return Prepared(config, TrialResult("resource", reason))
-    return Prepared(config)
+    return Prepared(config, code=f"{resources.binary_sha} {resources.call_sha}" if resources.call_sha else "")
 
 
 def compile_ahead(capability: str, processes: int) -> AbstractContextManager[Preparer]:

@@ -80,10 +80,11 @@ def pooled(first: Sequence[Raced], second: Sequence[Raced]) -> list[Raced]:
 
 
 def again(verdict: Verdict, default: Config) -> list[Config]:
-    """What a second process measures: the winner, its closest ties, the next rival, and the default last."""
+    """What a second process measures: the winner, its closest ties, the next rival; the default last, if it raced."""
     tied, slower = verdict.tied[:CONFIRMED_AGAINST], [r["config"] for r in verdict.rivals if not r["tied"]][:1]
     unique = {config_key(config): config for config in (verdict.config, *tied, *slower) if config != default}
-    return [*unique.values(), default]
+    ran = default in (verdict.config, *(rival["config"] for rival in verdict.rivals))
+    return [*unique.values(), *([default] if ran else [])]
 
 
 Outcome = Literal["provisional", "confirmed"]

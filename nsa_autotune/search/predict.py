@@ -15,11 +15,12 @@ from ..db.store import TuningStore
 from ..dispatch.fingerprint import for_target
 from ..spec import Config, KernelSpec, Problem
 from .budget import Budget, Meter
+from .guess import terms_of
 from .progress import NullProgress, Outcome, OutcomeKind, Plan, Progress, TrialEvent, count_reasons, count_statuses
 from .ranking import Prediction, rank_predictions
-from .roofline import GpuModel, ResourcesLike, gpu_model, predict_us, programs_per_sm
+from .roofline import GpuModel, ResourcesLike, gpu_model, occupancy, programs_per_sm
 from .space import config_key
-from .task import Task, known_trials
+from .task import Task, known_correction, known_trials
 
 DEFAULT_CANDIDATES = 64  # compiled when the budget names minutes only
 MAX_SPILL_BYTES = 256  # a thread; more is never fast
@@ -56,7 +57,8 @@ def predict_problem(
     """Configs that compile for `target` and fit on it, fastest guess first; stored as predictions only.
 
     The default config and a seeded sample of the legal ones are tried, as many as the budget allows; what an earlier
-    call stored is not compiled again.
+    call stored is not compiled again. Guesses are those of the cost model, corrected by what is measured of the family
+    anywhere; where later measurements change which config comes first, all guesses are stored anew.
     """
     spec.check_problem(problem)
     task = Task(spec, problem, for_target(target).to_dict(), digest_of(spec))
@@ -68,7 +70,7 @@ def predict_problem(
     except BaseException:
         run.finish("interrupted")
         raise
-    ranked = rank_predictions(run.records)
+    ranked = run.ranked()
     run.finish("predicted" if ranked else "failed")
     return ranked
 
@@ -81,9 +83,9 @@ def stored_predictions(
     store: TuningStore,
     digest_of: Callable[[KernelSpec], str] = template_digest,
 ) -> list[Prediction]:
-    """The ranking of what is stored, such as an interrupted `predict_problem` left it; compiles nothing."""
+    """The ranking of what is stored, such as an interrupted `predict_problem` left it; compiles and stores nothing."""
     task = Task(spec, problem, for_target(target).to_dict(), digest_of(spec))
-    return rank_predictions(known_trials(store, task, kind="predicted"))
+    return rank_predictions(known_trials(store, task, kind="predicted"), known_correction(store, spec).guess_of)
 
 
 class _Predicting:
@@ -102,6 +104,7 @@ class _Predicting:
     ) -> None:
         self.task, self.store, self.progress, self.budget = task, store, progress, budget
         self.gpu, self.shared_limit, self.seed = gpu, shared_limit, seed
+        self.correction = known_correction(store, task.spec)
         self.records = known_trials(store, task, kind="predicted")
         self.num_done = 0
         self.meter = Meter(budget, len(self.records), clock)
@@ -129,13 +132,25 @@ class _Predicting:
         config, resources = outcome.job.config, outcome.resources
         if outcome.status != "ok" or resources is None:
             return self.task.prediction(config, outcome.status, outcome.reason, None, None)
-        told = resources.to_dict()
+        problem = self.task.problem
+        told = {**resources.to_dict(), "occupancy": occupancy(resources, self.gpu)}
         reason = reject_reason(resources, self.gpu, self.shared_limit)
-        if reason:
+        found = None if reason else terms_of(self.task.spec, problem, config, told, self.gpu)
+        if found is None:
             return self.task.prediction(config, "resource", reason, told, None)
-        cost = self.task.spec.cost(self.task.problem, config)
-        guess_us = predict_us(cost, resources, self.gpu, self.task.problem.dtype)
-        return self.task.prediction(config, "ok", "", told, guess_us)
+        told |= {"waves": found[1].waves, "model_us": found[1].time_us}
+        return self.task.prediction(config, "ok", "", told, self.correction.guess_us(problem, config, told, self.gpu))
+
+    def ranked(self) -> list[Prediction]:
+        """Fastest first by the correction of now, which is stored if another config is first by it."""
+        stored, fresh = rank_predictions(self.records), rank_predictions(self.records, self.correction.guess_of)
+        if [prediction.config for prediction in stored[:1]] != [prediction.config for prediction in fresh[:1]]:
+            for prediction in fresh:
+                for config in (prediction.config, *prediction.same_code):
+                    self.store.add_trial(
+                        self.task.prediction(config, "ok", "", prediction.resources, prediction.predicted_us)
+                    )
+        return fresh
 
     def _keep(self, record: TrialRecord) -> None:
         self.store.add_trial(record)
@@ -168,7 +183,7 @@ def candidate_configs(task: Task, count: int, seed: int) -> list[Config]:
 
 def reject_reason(resources: ResourcesLike, gpu: GpuModel, shared_limit: int) -> str:
     """Why a compiled variant cannot run or cannot be fast on a GPU; empty if neither."""
-    threads = 32 * resources.num_warps
+    threads = gpu.warp_size * resources.num_warps
     if resources.shared_bytes > shared_limit:
         return f"needs {resources.shared_bytes} bytes of shared memory, the limit is {shared_limit}"
     if resources.registers * threads > gpu.registers_per_sm:

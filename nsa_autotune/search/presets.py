@@ -69,8 +69,30 @@ def get_preset(name: str) -> Preset:
 
 
 def parse_seq_lens(text: str) -> tuple[int, ...]:
-    """Token counts of a list such as `8k,32k,1000`; k is 1024, m is 1024 * 1024; doubles are dropped."""
-    return tuple(dict.fromkeys(_parse_seq_len(part, text) for part in text.split(",")))
+    """Token counts of a list such as `8k,32k,1000`, or of a range that doubles, `2k..128k`.
+
+    k is 1024, m is 1024 * 1024; repeated counts are dropped.
+    """
+    return tuple(dict.fromkeys(tokens for part in text.split(",") for tokens in _parse_seq_part(part, text)))
+
+
+def doublings(first: int, last: int, text: str) -> tuple[int, ...]:
+    """`first`, twice that and so on below `last`, then `last`; InvalidProblem for a range `text` that falls."""
+    if first > last:
+        remedy = f"Write {last}..{first}."
+        raise InvalidProblem("a range goes from the smaller number to the larger", {"range": text.strip()}, remedy)
+    found = []
+    while first < last:
+        found.append(first)
+        first *= 2
+    return (*found, last)
+
+
+def _parse_seq_part(part: str, text: str) -> tuple[int, ...]:
+    first, dots, last = part.partition("..")
+    if not dots:
+        return (_parse_seq_len(part, text),)
+    return doublings(_parse_seq_len(first, text), _parse_seq_len(last, text), part)
 
 
 def _parse_seq_len(part: str, text: str) -> int:

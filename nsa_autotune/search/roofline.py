@@ -1,7 +1,7 @@
-"""A roofline with occupancy, to order compiled candidates that cannot be measured.
+"""A roofline with occupancy and waves, to order compiled candidates that cannot be measured.
 
-It knows nothing of instruction schedules, bank conflicts, cache hits or tails, and its constants are public data sheets
-and guesses: its microseconds say which of two configs to try first, and are never a substitute for a measurement.
+It knows nothing of instruction schedules, bank conflicts or cache hits, and its constants are public data sheets and
+guesses: its microseconds say which of two configs to try first, and are never a substitute for a measurement.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HALF_RATE_WARPS = 4  # warps on a multiprocessor that reach half of the peak
 HBM_IN_FLIGHT_BYTES = 32 * 1024  # on each multiprocessor, for full bandwidth at the latency of device memory
 LAUNCH_US = 3.0  # from one kernel to the next
 SPILL_BYTES_PER_DOUBLING = 256  # stack bytes a thread that are guessed to double the time
-RESERVED_SHARED_BYTES = 1024  # the driver's, a program
+LAST_WAVE_SHARE = 0.5  # of the idle part of the last wave that counts: programs drift apart and fill the other half
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class GpuModel:
     registers_per_sm: int = 65_536
     warps_per_sm: int = 64
     programs_per_sm: int = 32
+    warp_size: int = 32
+    reserved_shared_bytes: int = 1024  # the driver's, a program
 
 
 GPU_MODELS: Mapping[str, GpuModel] = MappingProxyType(
@@ -49,6 +51,19 @@ GPU_MODELS: Mapping[str, GpuModel] = MappingProxyType(
         "cuda:90": GpuModel("H100 SXM", 989, 67, 3.35, 5.5, 132, 233_472),
         "cuda:100": GpuModel("B200", 2250, 80, 8.0, 10.0, 148, 233_472),
         "cuda:120": GpuModel("RTX 5090", 209.5, 104.8, 1.79, 6.0, 170, 102_400, warps_per_sm=48, programs_per_sm=24),
+        "hip:gfx942": GpuModel(
+            "MI300X",
+            1307.4,
+            163.4,
+            5.3,
+            17.2,  # of the Infinity Cache
+            304,
+            65_536,
+            registers_per_sm=131_072,
+            warps_per_sm=32,
+            warp_size=64,
+            reserved_shared_bytes=0,
+        ),
     }
 )
 
@@ -64,6 +79,26 @@ class ResourcesLike(Protocol):
     def spill_bytes(self) -> int: ...  # a thread
     @property
     def num_warps(self) -> int: ...  # a program
+    @property
+    def num_programs(self) -> int: ...  # of a launch; 0 if it is not known
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a guess is made of."""
+
+    arithmetic_us: float
+    memory_us: float  # device memory
+    l2_us: float
+    spill_factor: float  # of the time
+    tail_factor: float  # of the time: idle multiprocessors at the end, or all along in a small launch
+    occupancy: float  # warps resident, 0 to 1
+    waves: float  # programs over programs that fit at once; 0 if the number of programs is not known
+
+    @property
+    def time_us(self) -> float:
+        """The slowest of the three, made longer by spills and tail, plus the launch."""
+        return max(self.arithmetic_us, self.memory_us, self.l2_us) * self.spill_factor * self.tail_factor + LAUNCH_US
 
 
 def gpu_model(target: str, gpu: str = "") -> GpuModel:
@@ -78,13 +113,13 @@ def gpu_model(target: str, gpu: str = "") -> GpuModel:
 def programs_per_sm(resources: ResourcesLike, gpu: GpuModel) -> int:
     """Programs that fit on one multiprocessor at once; 0 if the variant cannot run."""
     warps = resources.num_warps
-    registers = max(1, math.ceil(resources.registers / 8)) * 8 * 32 * warps  # handed out by 8 a thread
-    shared = resources.shared_bytes + RESERVED_SHARED_BYTES
+    registers = max(1, math.ceil(resources.registers / 8)) * 8 * gpu.warp_size * warps  # handed out by 8 a thread
+    shared = resources.shared_bytes + gpu.reserved_shared_bytes
     return min(
         gpu.programs_per_sm,
         gpu.warps_per_sm // warps,
         gpu.registers_per_sm // registers,
-        gpu.shared_per_sm_bytes // shared,
+        gpu.shared_per_sm_bytes // max(1, shared),
     )
 
 
@@ -94,28 +129,48 @@ def occupancy(resources: ResourcesLike, gpu: GpuModel) -> float:
 
 
 def predict_us(cost: Cost, resources: ResourcesLike, gpu: GpuModel, dtype: str = "bfloat16") -> float:
-    """Guessed time of one launch in us: the slowest of arithmetic, device memory and L2, plus the launch.
+    """Guessed time of one launch in us; raises KernelError for a variant that does not fit on a multiprocessor."""
+    return model_terms(cost, resources, gpu, dtype).time_us
+
+
+def model_terms(cost: Cost, resources: ResourcesLike, gpu: GpuModel, dtype: str = "bfloat16") -> Terms:
+    """The parts of the guess.
 
     `cost.mma_flops` holds the padding of the tiles. Arithmetic is slow with few resident warps, memory with few bytes
-    in flight, both with spills. Raises KernelError for a variant that does not fit on a multiprocessor.
+    in flight. Raises KernelError for a variant that does not fit on a multiprocessor.
     """
-    programs = programs_per_sm(resources, gpu)
-    if programs == 0:
+    fitting = programs_per_sm(resources, gpu)
+    if fitting == 0:
         raise KernelError(
             "a program must fit on a multiprocessor",
             {name: getattr(resources, name) for name in ("registers", "shared_bytes", "num_warps")},
             "Use smaller tiles or fewer warps.",
         )
-    warps = programs * resources.num_warps
+    share = resources.num_programs / gpu.num_sms  # programs a multiprocessor gets
+    resident = min(fitting, max(1, math.ceil(share))) if share else fitting
+    warps = resident * resources.num_warps
     hiding = warps / (warps + HALF_RATE_WARPS)
-    in_flight = max(programs * resources.shared_bytes, warps * 32 * 16)  # staged tiles, or 16 bytes a thread
+    in_flight = max(resident * resources.shared_bytes, warps * gpu.warp_size * 16)  # staged tiles, or 16 bytes a thread
     fed = min(1.0, in_flight / HBM_IN_FLIGHT_BYTES)
-    busy_us = max(
-        _arithmetic_us(cost, gpu, dtype) / hiding,
-        cost.bytes_moved / (gpu.hbm_tbps * BYTES_SHARE * fed) / 1e6,
-        cost.on_chip_bytes / (gpu.l2_tbps * BYTES_SHARE * fed) / 1e6,
+    return Terms(
+        arithmetic_us=_arithmetic_us(cost, gpu, dtype) / hiding,
+        memory_us=cost.bytes_moved / (gpu.hbm_tbps * BYTES_SHARE * fed) / 1e6,
+        l2_us=cost.on_chip_bytes / (gpu.l2_tbps * BYTES_SHARE * fed) / 1e6,
+        spill_factor=2 ** (resources.spill_bytes / SPILL_BYTES_PER_DOUBLING),
+        tail_factor=_tail_factor(share, resident),
+        occupancy=occupancy(resources, gpu),
+        waves=share / fitting,
     )
-    return busy_us * 2 ** (resources.spill_bytes / SPILL_BYTES_PER_DOUBLING) + LAUNCH_US
+
+
+def _tail_factor(share: float, resident: int) -> float:
+    """Time over the time of a launch that keeps every multiprocessor busy to the end."""
+    if share == 0:
+        return 1.0
+    if share <= resident:  # one wave: the fullest multiprocessor decides
+        return math.ceil(share) / share
+    waves = share / resident
+    return 1.0 + LAST_WAVE_SHARE * (math.ceil(waves) / waves - 1.0)
 
 
 def _arithmetic_us(cost: Cost, gpu: GpuModel, dtype: str) -> float:

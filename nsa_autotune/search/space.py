@@ -96,14 +96,6 @@ class ConfigSpace:
             if step is not None:
                 yield step
 
-    def beyond_ends(self, config: Config) -> list[Config]:
-        """The steps of a config that lead beyond the end of a dimension."""
-        return [moved for moved in self.neighbours(config) if not self.is_usual(moved) and self._is_step(config, moved)]
-
-    def _is_step(self, config: Config, moved: Config) -> bool:
-        changed = [param for param in self.spec.params if config[param.name] != moved[param.name]]
-        return len(changed) == 1 and moved[changed[0].name] in changed[0].reserve
-
     def repair(self, config: Config, keep: str = "", seen: Collection[str] = ()) -> Config | None:
         """The config if it is legal and unseen, else the first one with one other value (not of `keep`) that is."""
         if self.is_legal(config) and config_key(config) not in seen:

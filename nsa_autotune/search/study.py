@@ -103,12 +103,9 @@ class ConfigSearch:
         if self.space.is_legal(config) and config_key(config) not in self._times_us:
             self.record(config, median_us, twin=twin)
 
-    def beyond_ends(self) -> list[Config]:
-        """Unseen configs just beyond the ends on which the best one lies; they count as seen from now on."""
-        found = [] if self.best is None else self.space.beyond_ends(self.best[0])
-        unseen = [config for config in found if config_key(config) not in self._seen]
-        self._seen |= {config_key(config) for config in unseen}
-        return unseen
+    def exclude(self, keys: Iterable[str]) -> None:
+        """Never propose the configs with these keys."""
+        self._seen.update(keys)
 
     def _next_seed(self) -> Config | None:
         while self._queue:

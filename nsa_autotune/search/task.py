@@ -12,11 +12,13 @@ from ..db.records import TrialRecord, WinnerRecord
 from ..db.store import TuningStore
 from ..spec import DEFAULT_POLICY, Config, KernelSpec, Problem, digest
 from .certify import Verdict
+from .correction import Correction, fit
 from .ranking import rank_predictions
 from .space import ConfigSpace, config_key
 
 NEAR_WINNERS = 4  # winners of neighbouring problems that are tried first
 PREDICTED_SEEDS = 16  # best predictions that are tried first
+CORRECTING_TRIALS = 6_000  # the newest of a family, that its cost model learns from
 
 
 @dataclass(frozen=True)
@@ -166,8 +168,14 @@ def _candidates(store: TuningStore, task: Task) -> Iterator[Config]:
     predicted = store.trials(
         family=task.spec.family, problem_key=task.key, template_digest=task.template_digest, kind="predicted"
     )
-    ranked = rank_predictions(t for t in predicted if t.fingerprint["capability"] == task.fingerprint["capability"])
+    alike = [t for t in predicted if t.fingerprint["capability"] == task.fingerprint["capability"]]
+    ranked = rank_predictions(alike, known_correction(store, task.spec).guess_of) if alike else []
     yield from (prediction.config for prediction in ranked[:PREDICTED_SEEDS])
+
+
+def known_correction(store: TuningStore, spec: KernelSpec) -> Correction:
+    """The family's cost model as the newest measurements correct it, on every problem and GPU."""
+    return fit(spec, store.trials(family=spec.family, status="ok", provider="template", limit=CORRECTING_TRIALS))
 
 
 def _winner_distance(task: Task, winner: WinnerRecord) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 from ..bench.result import TrialResult
@@ -17,6 +17,7 @@ from .ahead import Prepared, Preparer, Unprepared
 from .budget import Budget, Meter
 from .certify import Raced, judge
 from .progress import NullProgress, Outcome, OutcomeKind, Plan, Progress, TrialEvent, count_reasons, count_statuses
+from .quarantine import quarantined
 from .space import config_key
 from .study import ConfigSearch
 from .task import Task, known_trials, known_winner, seed_configs
@@ -56,6 +57,7 @@ def tune_problem(
     budget: Budget,
     progress: Progress | None = None,
     retune: bool = False,
+    retry_quarantined: bool = False,
     library: LibraryBaseline | None = None,
     preparer: Preparer | None = None,
     seed: int = 0,
@@ -66,7 +68,8 @@ def tune_problem(
 
     A known winner is returned as it is unless `retune`. Every trial is stored at once, so that an interrupted call,
     repeated, goes on where it stopped; trials of earlier calls count towards the budget unless `retune`. The winner is
-    provisional until `confirm.confirm_winner` has raced it in a second process.
+    provisional until `confirm.confirm_winner` has raced it in a second process. What crashed or hung before on this
+    fingerprint stays out, see `quarantine`, unless `retry_quarantined`.
     """
     spec.check_problem(problem)
     task = Task(spec, problem, dict(fingerprint), digest_of(spec), measurer.policy)
@@ -75,7 +78,19 @@ def tune_problem(
     if winner is not None:
         listener.finish(Outcome("known", spec, problem, winner))
         return winner
-    run = _Tuning(task, measurer, store, listener, budget, preparer=preparer, retune=retune, seed=seed, clock=clock)
+    banned = {} if retry_quarantined else quarantined(store, task)
+    run = _Tuning(
+        task,
+        measurer,
+        store,
+        listener,
+        budget,
+        banned=banned,
+        preparer=preparer,
+        retune=retune,
+        seed=seed,
+        clock=clock,
+    )
     try:
         run.search_configs()
         winner = run.race_finalists(library)
@@ -104,6 +119,7 @@ class _Tuning:
         progress: Progress,
         budget: Budget,
         *,
+        banned: Collection[str],  # keys of configs that are not tried
         preparer: Preparer | None,
         retune: bool,
         seed: int,
@@ -113,10 +129,12 @@ class _Tuning:
         self.task, self.measurer, self.store, self.progress = task, measurer, store, progress
         self.records = known_trials(store, task)
         if retune:
-            self.records = [record for record in self.records if record.status not in WORTH_A_RETRY]
+            kept = (r for r in self.records if r.status not in WORTH_A_RETRY or config_key(r.config) in banned)
+            self.records = list(kept)
         self.num_done = 0
         self.meter = Meter(budget, 0 if retune else len(self.records), clock)
         self.search = ConfigSearch(task.space, seed=seed, seeds=self._first_configs(budget, seed))
+        self.search.exclude(banned)
         self.codes: dict[str, TrialRecord] = {}  # machine code -> the trial that measured it
         self.under_way = 0
         for record in self.records:
@@ -133,7 +151,7 @@ class _Tuning:
         return seeds + everything
 
     def search_configs(self) -> None:
-        """Measure proposals until the budget or the space is exhausted, then what lies beyond the ends of the space."""
+        """Measure proposals until the budget or the space is exhausted."""
         try:
             while self._top_up():
                 for prepared in self.preparer.take():
@@ -141,12 +159,6 @@ class _Tuning:
                     if self.meter.exhausted and self.search.ranked():
                         return  # compiling may take all the time there was: what works is then worth one measurement
                     self._decide(prepared)
-            while configs := self._beyond_ends():
-                self._submit(configs)
-                while self.under_way:
-                    for prepared in self.preparer.take():
-                        self.under_way -= 1
-                        self._decide(prepared)
         finally:
             self.preparer.cancel()
 
@@ -161,10 +173,6 @@ class _Tuning:
         proposals = [self.search.propose(polish=polish) for _ in range(count)]
         self._submit([config for config in proposals if config is not None])
         return self.under_way > 0
-
-    def _beyond_ends(self) -> list[Config]:
-        minutes = self.meter.budget.max_minutes
-        return [] if minutes is not None and self.meter.minutes >= minutes else self.search.beyond_ends()
 
     def _submit(self, configs: list[Config]) -> None:
         if configs:

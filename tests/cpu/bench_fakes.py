@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import signal
@@ -34,6 +35,8 @@ PACKED = SMALL.replace(batch=4, seq_q=90, seq_k=90, layout="packed")
 FAULTS = (
     *("right", "nan", "row", "scale", "lse_inf", "stray", "input", "tie", "order", "future", "greedy"),
     *("raise", "illegal", "oom", "exit", "kill", "kill_once", "hang", "print", "orphan", "late_kill"),
+    *("before", "accumulate", "unwritten", "unused_row", "misaligned", "assert", "segv", "abort", "late_hang"),
+    *("garbage", "flood", "lie", "deaf", "stop", "full_disk", "bomb"),
 )
 
 
@@ -120,6 +123,7 @@ class Kernel:
         self.calls.append(self.fault)
         _misbehave(self.fault, len(self.calls))
         problem = self.problem.replace(seq_k=seq_k) if seq_k else self.problem
+        before = {name: t.clone() for name, t in tensors.items() if self.fault in ("accumulate", "unwritten")}
         wide = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
         if self.fault in ("tie", "greedy"):
             tensors["blocks"].copy_(_select_wrongly(self.fault, problem, wide))
@@ -127,6 +131,11 @@ class Kernel:
             for name, value in self.spec.reference(problem, wide, self.layout, None).items():
                 tensors[name].copy_(value)
         spoil(self.fault, tensors)
+        for argument in self.spec.arguments:
+            if argument.is_output and self.fault == "accumulate":
+                tensors[argument.name].add_(0 * before[argument.name])  # as if what was there were zero
+            elif argument.is_output and self.fault == "unwritten":
+                tensors[argument.name][-1, -1] = before[argument.name][-1, -1]
 
 
 def _select_wrongly(fault: str, problem: Problem, wide: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -154,6 +163,10 @@ def spoil(fault: str, tensors: dict[str, torch.Tensor]) -> None:
         tensors["lse"].view(-1)[0] = -math.inf
     elif fault == "stray":
         out.view(-1).as_strided((1,), (1,), out.storage_offset() + out.numel()).zero_()
+    elif fault == "before":
+        out.view(-1).as_strided((1,), (1,), out.storage_offset() - 1).zero_()
+    elif fault == "unused_row":
+        out[tensors["cmp_source"] < 0] = 1.0
     elif fault == "input":
         tensors["k"].view(-1)[0] = 0
     elif fault == "order":
@@ -162,26 +175,51 @@ def spoil(fault: str, tensors: dict[str, torch.Tensor]) -> None:
         last[-1] += 1
 
 
+STICKY = {
+    "illegal": "an illegal memory access was encountered",
+    "misaligned": "misaligned address",
+    "assert": "device-side assert triggered",
+}
+SIGNALS = {"kill": signal.SIGKILL, "segv": signal.SIGSEGV, "abort": signal.SIGABRT, "stop": signal.SIGSTOP}
+
+
 def _misbehave(fault: str, calls: int) -> None:
+    if fault in STICKY:
+        raise RuntimeError(f"CUDA error: {STICKY[fault]}")
+    late = fault == "late_kill" and calls > 2  # the gate calls twice, the clock afterwards
+    if fault in SIGNALS or late or (fault == "kill_once" and _first_time()):
+        print("last words", flush=True)
+        os.kill(os.getpid(), SIGNALS.get(fault, signal.SIGKILL))
+    if fault == "hang" or (fault == "late_hang" and calls == 2):
+        time.sleep(600)
+    _die_or_babble(fault)
+
+
+def _die_or_babble(fault: str) -> None:
     if fault == "raise":
         raise RuntimeError("no such instruction")
-    if fault == "illegal":
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
     if fault == "oom":
         raise torch.OutOfMemoryError("CUDA out of memory")
+    if fault == "full_disk":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if fault == "exit":
         sys.exit(3)
-    late = fault == "late_kill" and calls > 2  # the gate calls twice
-    if fault == "kill" or late or (fault == "kill_once" and _first_time()):
-        print("last words", flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
-    if fault == "hang":
-        time.sleep(600)
     if fault == "print":
         os.write(1, b'{"results": []}\nnonsense\n' * 100)
+    if fault in ("garbage", "flood", "lie"):
+        answers = int(sys.argv[sys.argv.index("--answers") + 1])
+        text = {"garbage": b"\xff\x00{]\n", "flood": b"x" * (1 << 25), "lie": b'{"results": []}\n'}[fault]
+        while text:
+            text = text[os.write(answers, text) :]
+    if fault == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(600)
     if fault == "orphan":
         print(f"sleeper {subprocess.Popen(['sleep', '600']).pid}", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "bomb":
+        subprocess.Popen(["sh", "-c", "for i in 1 2 3 4 5 6 7 8; do sh -c 'sleep 601 & sleep 601 & wait' & done; wait"])
+        time.sleep(600)
 
 
 def _first_time() -> bool:
@@ -210,3 +248,9 @@ def load(rendered: SimpleNamespace) -> SimpleNamespace:
 def explain(error: BaseException, rendered: SimpleNamespace) -> str:
     """The error with the name of its template."""
     return f"{rendered.spec.template}: {error}"
+
+
+def check_device(device: torch.device) -> None:
+    """Fails while the file that BENCH_FAKES_SICK names is there."""
+    if os.path.exists(os.environ.get("BENCH_FAKES_SICK", "")):  # noqa: PTH110
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")

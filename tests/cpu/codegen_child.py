@@ -126,6 +126,15 @@ def main() -> None:
     }
     union = {**default("slc_attn_fwd"), "loop_order": "union", "BLOCK_T": 4}
     seen["union"] = asdict(compile_variant(get_spec("slc_attn_fwd"), PROBLEM, union))
+    window = default("win_attn_fwd")
+    seen["window"] = asdict(compile_variant(get_spec("win_attn_fwd"), PROBLEM, window))
+    seen["amd"] = asdict(compile_variant(get_spec("win_attn_fwd"), PROBLEM, window, "hip:gfx942"))
+    (capped,) = compile_many(
+        {"win_attn_fwd": get_spec("win_attn_fwd")},
+        [CompileJob("win_attn_fwd", PROBLEM.to_dict(), {**window, "maxnreg": 128})],
+        "hip:gfx942",
+    )
+    seen["capped_amd"] = (capped.status, capped.reason)
     seen["pool"] = run_pool()
     seen["left_over"] = left_over()
     render_module.template_dir = lambda: Path(sys.argv[2])

@@ -96,8 +96,9 @@ def test_a_long_problem_is_gated_small_and_checked_by_rows(session: MeasureSessi
     )
     assert right is not None and right.ok
     assert wrong is not None and wrong.status == "accuracy"
-    first = ["problem", "render", "load", "inputs", "compile", "accuracy", "inputs", "accuracy"]
-    assert stages[:8] == [f"0 {stage}" for stage in first]
+    first = ["problem", "render", "load", "inputs", "compile", "launch", "accuracy", "launch", "accuracy"]
+    first += ["inputs", "compile", "launch", "accuracy"]
+    assert stages[:13] == [f"0 {stage}" for stage in first]
     assert stages[-1] == "0 timing"
 
 

@@ -24,6 +24,7 @@ from nsa_autotune.cli.app import main
 from nsa_autotune.config import NSAConfig
 from nsa_autotune.db.store import TuningStore
 from nsa_autotune.dispatch.fingerprint import Fingerprint
+from nsa_autotune.errors import WorkerError
 from nsa_autotune.search.ranking import Prediction
 from nsa_autotune.spec import DEFAULT_POLICY, Config, KernelSpec, Problem
 
@@ -68,9 +69,10 @@ def time_us(family: str, problem: Problem) -> float:
 class Worker:
     """A measuring process that answers by `time_us`."""
 
-    interrupt_after: int | None = None
+    stop_after: int | None = None
+    stops_with: BaseException = KeyboardInterrupt()
 
-    def __init__(self, device: str, *, policy: str = DEFAULT_POLICY) -> None:
+    def __init__(self, device: str, policy: str = DEFAULT_POLICY, **options: object) -> None:
         self.policy, self.num_measured = policy, 0
 
     def __enter__(self) -> Worker:
@@ -81,8 +83,8 @@ class Worker:
 
     def measure(self, family: str, problem: Problem, config: Config) -> TrialResult:
         self.num_measured += 1
-        if self.interrupt_after is not None and self.num_measured > self.interrupt_after:
-            raise KeyboardInterrupt
+        if self.stop_after is not None and self.num_measured > self.stop_after:
+            raise self.stops_with
         t = time_us(family, problem)
         return TrialResult("ok", "", (t,), t, t, t)
 
@@ -175,14 +177,14 @@ def test_a_points_command_finds_its_winners(
 def test_a_run_resumes_after_ctrl_c_and_prints_a_table(
     on_a_gpu: type[Worker], url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    on_a_gpu.interrupt_after = 30
+    on_a_gpu.stop_after = 30
     assert main([*COMMAND, "--db", url]) == 130
     captured = capsys.readouterr()
     with TuningStore(url) as store:
         kept = len(store.designs())
     assert 0 < kept < 8 and f"front of {kept} designs" in captured.out
     assert "every design is kept" in captured.err and "the same command resumes" in " ".join(captured.err.split())
-    on_a_gpu.interrupt_after = None
+    on_a_gpu.stop_after = None
     assert main([*COMMAND, "--db", url]) == 0
     captured = capsys.readouterr()
     assert "front of 8 designs, medians on Test GPU" in captured.out and "hypervolume 0." in captured.out
@@ -191,6 +193,15 @@ def test_a_run_resumes_after_ctrl_c_and_prints_a_table(
     assert "8 legal designs; activations: source generator" in captured.err
     assert main([*COMMAND, "--db", url, "--designs", "3"]) == 0
     assert "front of 8 designs" in capsys.readouterr().out
+
+
+def test_a_lost_device_ends_the_run_after_what_was_found(
+    on_a_gpu: type[Worker], url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_a_gpu.stop_after, on_a_gpu.stops_with = 30, WorkerError("the device is lost")
+    assert main([*COMMAND, "--db", url]) == 2
+    captured = capsys.readouterr()
+    assert "designs, medians on Test GPU" in captured.out and "the device is lost" in captured.err
 
 
 def test_csv_has_a_line_for_each_design(on_a_gpu: type[Worker], url: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,7 @@ class FakeWorker:
     def renew(self) -> None:
         type(self).renewed += 1
 
-    def __init__(self, device: str, policy: str = "eager-cold") -> None:
+    def __init__(self, device: str, policy: str = "eager-cold", **options: object) -> None:
         self.num_measured, self.policy = 0, policy
 
     def __enter__(self) -> FakeWorker:
@@ -185,7 +185,7 @@ def test_final_tables_are_readable_in_80_columns(
     assert main([*COMMAND, "--db", url]) == 0
     spec = get_spec("slc_select_fwd")
     ranked = [Prediction(spec.default_config(Problem()), 12345.6, {"registers": 255, "shared_bytes": 200_000})]
-    tune_run.print_predictions("cuda:90", [tune_run.Guess(spec, Problem(), ranked)])
+    tune_run.print_predictions([tune_run.Guess("cuda:90", spec, Problem(), ranked)])
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80 and "…" not in out
     assert {"gate_sum_fwd", "slc_select_fwd", "12346", "gain", "winner", "config"} <= set(out.split())
@@ -208,10 +208,41 @@ def test_queries_and_phi_reach_the_problem(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_target_is_predicted_for_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert tune_command.choose_target("cuda:80") == "cuda:80"
-    assert tune_command.choose_target(None) is None
+    assert tune_command.choose_targets(["cuda:80"]) == ("cuda:80",)
+    assert tune_command.choose_targets([]) == ()
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert tune_command.choose_target(None) == "cuda:90"
+    assert tune_command.choose_targets([]) == ("cuda:90",)
+
+
+def test_several_targets_are_predicted_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nsa_autotune.search.ranking import Prediction
+
+    calls: list[str] = []
+    ranked = [Prediction(get_spec("gate_sum_fwd").default_config(Problem()), 1.5, {"registers": 31, "shared_bytes": 0})]
+    monkeypatch.setattr("nsa_autotune.search.predict.predict_problem", predict_nothing_measured(calls, ranked))
+    command = [*COMMAND, "--db", url, "--no-check", "--target", "cuda:80,hip:gfx942", "--target", "cuda:80"]
+    assert main(command) == 0
+    assert calls == [f"{target} {tokens}" for target in ("cuda:80", "hip:gfx942") for tokens in (1024, 2048)]
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.index("predictions for cuda:80") < out.index("predictions for hip:gfx942")
+
+
+def test_all_compiles_without_a_budget_and_only_for_targets(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs: list[tune_run.Run] = []
+    monkeypatch.setattr(tune_command, "execute", lambda run: runs.append(run) or 0)
+    atlas = ["tune", "--families", "gate_sum_fwd", "--seq", "1k", "--all"]
+    assert main([*atlas, "--target", "cuda:90"]) == 0
+    assert runs[0].budget.max_minutes is None
+    assert runs[0].budget.max_trials is not None and runs[0].budget.max_trials >= 10**6
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for wrong in ([], ["--target", "cuda:90", "--trials", "5"], ["--target", "cuda:90", "--budget", "full"]):
+        assert main([*atlas, *wrong]) == 2
+        assert "takes no budget" in capsys.readouterr().err
+    assert len(runs) == 1
 
 
 def test_equal_work_is_planned_once() -> None:

@@ -24,6 +24,7 @@ from nsa_autotune.codegen import paths
 from nsa_autotune.codegen import render as render_module
 from nsa_autotune.codegen.compile import compile_variant, parse_target, shared_limit_bytes
 from nsa_autotune.codegen.golden import structural_configs
+from nsa_autotune.codegen.grid import Launches, watch_launches
 from nsa_autotune.codegen.linemap import explain_line
 from nsa_autotune.codegen.load import explain, line_map_of, load, write_source
 from nsa_autotune.codegen.pool import CompileJob, compile_many
@@ -325,7 +326,8 @@ def test_a_folder_that_cannot_be_written_is_named_with_the_variable(
     monkeypatch.setenv("NSA_AUTOTUNE_CACHE_DIR", str(tmp_path / "file"))
     with pytest.raises(KernelError, match="Set NSA_AUTOTUNE_CACHE_DIR to a folder you may write") as caught:
         load(rendered("gate_sum_fwd"))
-    assert caught.value.values == {"folder": str(tmp_path / "file" / "generated")}
+    assert caught.value.values["folder"] == str(tmp_path / "file" / "generated")
+    assert "Not a directory" in str(caught.value.values["message"])
 
 
 def test_many_threads_and_processes_may_load_one_variant_at_once(cache: Path) -> None:
@@ -372,6 +374,9 @@ def test_an_error_inside_launch_is_explained_by_its_template_line(cache: Path, t
 def test_targets_are_known_by_name() -> None:
     assert parse_target("cuda:90").arch == 90 and parse_target("cuda:90").name == "cuda:90"
     assert shared_limit_bytes("cuda:90") == 232_448 and shared_limit_bytes("cuda:80") == 166_912
+    amd = parse_target("hip:gfx942")
+    assert (amd.backend, amd.arch, amd.warp_size, amd.shared_limit_bytes) == ("hip", "gfx942", 64, 65_536)
+    assert parse_target("cuda:90").warp_size == 32
     with pytest.raises(UnknownName, match=r"cuda:75.*Known targets: cuda:80"):
         parse_target("cuda:75")
 
@@ -432,6 +437,34 @@ def test_compiling_for_an_absent_gpu_tells_the_resources(compiled: dict[str, Any
     if target == "union":  # two kernels: the largest demand of both
         assert 16_384 <= resources["shared_bytes"] <= 232_448
     assert compiled["cuda:80"]["binary_sha"] != compiled["cuda:90"]["binary_sha"]
+
+
+def test_programs_are_counted_as_the_launch_starts_them(compiled: dict[str, Any]) -> None:
+    block = get_spec("gate_sum_fwd").default_config(PROBLEM)["BLOCK"]
+    outputs = PROBLEM.batch * PROBLEM.seq_q * PROBLEM.num_q_heads * PROBLEM.d_v
+    assert compiled["cuda:90"]["num_programs"] == -(-outputs // int(block)) > 1
+    tile = int(get_spec("win_attn_fwd").default_config(PROBLEM)["BLOCK_T"])
+    assert compiled["window"]["num_programs"] == -(-PROBLEM.seq_q // tile) * PROBLEM.num_kv_heads * PROBLEM.batch
+
+
+def test_amd_is_compiled_for_as_well(compiled: dict[str, Any]) -> None:
+    amd, nvidia = compiled["amd"], compiled["window"]
+    assert 16 <= amd["registers"] <= 512 and amd["spill_bytes"] >= 0
+    assert 0 < amd["shared_bytes"] <= 65_536
+    assert amd["num_programs"] == nvidia["num_programs"]
+    assert amd["call_sha"] == nvidia["call_sha"] != ""
+    assert amd["binary_sha"] != nvidia["binary_sha"]
+    status, reason = compiled["capped_amd"]
+    assert status == "constraint" and "caps registers for NVIDIA only" in reason and "maxnreg=128" in reason
+
+
+def test_watching_a_launch_leaves_the_module_as_it_is(cache: Path) -> None:
+    module = load(rendered("gate_sum_fwd"))
+    launch, kernel = module.launch, module.gate_sum_fwd_kernel
+    watched, seen = watch_launches(module)
+    assert watched is not launch and seen == Launches()
+    assert module.launch is launch and module.gate_sum_fwd_kernel is kernel
+    assert watched.__defaults__ == launch.__defaults__ and watched.__code__ is launch.__code__
 
 
 @pytest.mark.parametrize(

@@ -503,3 +503,33 @@ def test_export_is_byte_for_byte_what_import_takes(store: TuningStore, tmp_path:
     with TuningStore("sqlite://", import_shipped=False) as fresh:
         fresh.import_jsonl(tmp_path / "a", source=None)
         assert fresh.winners() == [winner]
+
+
+# predictions
+
+
+def test_predictions_are_the_newest_and_fastest_of_each_problem(store: TuningStore) -> None:
+    target = {"gpu": "target cuda:90", "capability": "9.0"}
+
+    def guess(stages: int, guess_us: float | None, second: int, **changes: object) -> None:
+        values = {"fingerprint": target, "kind": "predicted", "config": {"num_stages": stages}, "samples_us": ()}
+        values |= {"predicted_us": guess_us, "median_us": None, "created": f"2026-01-01T00:00:{second:02d}+00:00"}
+        store.add_trial(make_trial(**{**values, **changes}))
+
+    longer = Problem(seq_q=65_536, seq_k=65_536)
+    guess(1, 5.0, 1)
+    guess(2, 1.0, 2)
+    guess(2, 9.0, 3)  # judged anew
+    guess(3, 7.0, 4)
+    guess(4, 0.5, 5)
+    guess(4, None, 6, status="resource")  # found not to fit
+    guess(5, 2.0, 7, problem=longer)
+    guess(6, 0.1, 8, fingerprint={"gpu": "target cuda:80", "capability": "8.0"})
+    guess(7, 0.1, 9, template_digest="older")
+    guess(8, 0.1, 9, kind="measured")
+    first = make_trial()
+    asked = {"family": first.family, "capability": "9.0", "template_digest": first.template_digest}
+    found = {r.config["num_stages"]: r.predicted_us for r in store.predictions(**asked)}
+    assert found == {1: 5.0, 2: 9.0, 3: 7.0, 5: 2.0}
+    assert {r.config["num_stages"] for r in store.predictions(**asked, limit=1)} == {1, 5}
+    assert store.predictions(**{**asked, "family": "other"}) == []

@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from nsa_autotune.dispatch.ladder import Step, choose, distance
 from nsa_autotune.errors import InvalidInput, InvalidProblem, KernelError, NotTuned
 from nsa_autotune.kernels import all_specs, get_spec
 from nsa_autotune.search.presets import tuning_problems
-from nsa_autotune.spec import Config, Problem
+from nsa_autotune.spec import DEFAULT_POLICY, Config, Problem
 
 HERE = Fingerprint("NVIDIA H200", "9.0", "570.1", "12.8", "2.11.0", "3.6.0")
 OLD = Fingerprint("NVIDIA H200", "9.0", "550.0", "12.4", "2.9.0", "3.5.0")
@@ -49,6 +50,7 @@ class FakeWinner:
     fingerprint: dict[str, str] = field(default_factory=HERE.to_dict)
     template_digest: str = DIGEST
     family: str = "win_attn_fwd"
+    policy: str = DEFAULT_POLICY
 
     @property
     def problem_key(self) -> str:
@@ -216,15 +218,15 @@ class Kernels:
     def __init__(self, *failing: Config) -> None:
         self.failing, self.loaded, self.launched = failing, [], []
 
-    def load(self, spec: Any, problem: Problem, chosen: Config) -> Callable[..., None]:
+    def load(self, spec: Any, problem: Problem, chosen: Config) -> SimpleNamespace:
         self.loaded.append(chosen)
 
-        def launch(**tensors: Any) -> None:
+        def launch(tensors: dict[str, Any]) -> None:
             if chosen in self.failing:
                 raise KernelError("no", {"stages": chosen["num_stages"]})
             self.launched.append((chosen, tensors))
 
-        return launch
+        return SimpleNamespace(serve=lambda trusted, ordinary: launch)
 
 
 def equip(served: Dispatcher, kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +248,7 @@ def test_a_shape_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (source.asked, len(described), len(kernels.loaded)) == (1, 1, 1)
     assert kernels.launched == [(config(4), {"q": number}) for number in range(5)]
     served.launch(SPEC, ("shape", 2), problem, "cuda:0", {"q": 9})
-    assert (source.asked, len(described)) == (2, 2)
+    assert (source.asked, len(described)) == (1, 2)  # winners of a family are read once
     assert served.stats == {Step.EXACT: 2}
 
 
@@ -326,12 +328,85 @@ def test_a_winner_of_the_database_is_served(store: TuningStore) -> None:
     assert served.choose(get_spec("cmp_attn_fwd"), PROBLEM).step is Step.DEFAULT
 
 
-@pytest.mark.parametrize("at", [HERE, for_target("cuda:90")], ids=["this_gpu", "absent_gpu"])
-def test_predictions_are_never_served(store: TuningStore, at: Fingerprint) -> None:
-    common = record(fingerprint=at.to_dict())
-    store.add_trial(TrialRecord(**common, status="ok", kind="predicted", predicted_us=1.0))
-    store.add_trial(TrialRecord(**common, status="ok", median_us=1.0, p20_us=1.0, p80_us=1.0, samples_us=(1.0,)))
+def predicted(stages: int, guess_us: float, at: Fingerprint, problem: Problem = PROBLEM, **changes: Any) -> TrialRecord:
+    """A stored prediction whose config has `stages`."""
+    where = {"problem": problem.to_dict(), "problem_key": SPEC.problem_key(problem), "fingerprint": at.to_dict()}
+    values = {"status": "ok", "kind": "predicted", "predicted_us": guess_us, **changes}
+    return TrialRecord(**record(**where, config=config(stages)), **values)
+
+
+def test_winners_of_the_wanted_policy_go_first_and_others_are_not_exact() -> None:
+    eager, graph = (
+        FakeWinner(PROBLEM.to_dict(), config(s), policy=p) for s, p in ((1, "eager-cold"), (2, "graph-warm"))
+    )
+    for policy, stages in (("eager-cold", 1), ("graph-warm", 2)):
+        choice = choose(SPEC, PROBLEM, [eager, graph], HERE, DIGEST, policy)
+        assert (choice.step, choice.config) == (Step.EXACT, config(stages))
+        assert choose(SPEC, PROBLEM, [graph, eager], HERE, DIGEST, policy) == choice
+    other = choose(SPEC, PROBLEM, [graph], HERE, DIGEST)
+    assert (other.step, other.config) == (Step.OTHER_TOOLCHAIN, config(2))
+
+
+def test_trials_and_guesses_for_other_machines_are_never_served(store: TuningStore) -> None:
+    store.add_trial(TrialRecord(**record(), status="ok", median_us=1.0, p20_us=1.0, p80_us=1.0, samples_us=(1.0,)))
+    store.add_trial(predicted(1, 1.0, HERE))  # not by the compiler for an absent GPU
+    store.add_trial(predicted(2, 1.0, for_target("cuda:80")))
+    store.add_trial(predicted(3, 1.0, for_target("cuda:90"), PROBLEM.replace(d_qk=64, d_v=64)))
+    store.add_trial(predicted(4, 1.0, for_target("cuda:90"), status="resource"))
+    stale = TrialRecord(
+        **record(fingerprint=for_target("cuda:90").to_dict(), template_digest="older"),
+        status="ok",
+        kind="predicted",
+        predicted_us=1.0,
+    )
+    store.add_trial(stale)
     assert Dispatcher(store, fingerprint=HERE).choose(SPEC, PROBLEM).step is Step.DEFAULT
+
+
+def test_the_best_prediction_serves_where_nothing_was_measured(
+    store: TuningStore, log: Callable[[], list[str]]
+) -> None:
+    absent = for_target("cuda:90")
+    store.add_trial(predicted(1, 9.0, absent))
+    store.add_trial(predicted(2, 5.0, absent))
+    store.add_trial(predicted(3, 1.0, absent, LONGER))  # faster, but of another problem
+    served = Dispatcher(store, fingerprint=HERE)
+    choice = served.choose(SPEC, PROBLEM)
+    assert (choice.step, choice.config, choice.tuned_key) == (Step.PREDICTED, config(2), SPEC.problem_key(PROBLEM))
+    assert len(log()) == 1 and "serving the best prediction" in log()[0] and "nothing was measured" in log()[0]
+    assert served.choose(SPEC, LONGER).config == config(3)
+    newer = "9999-01-01T00:00:00.000000+00:00"
+    store.add_trial(predicted(2, 10.0, absent, created=newer))  # judged anew: a guess is no record to beat
+    served.refresh()
+    assert served.choose(SPEC, PROBLEM).config == config(1)
+    with pytest.raises(NotTuned):
+        Dispatcher(store, fingerprint=HERE, strict=True).choose(SPEC, PROBLEM)
+
+
+@pytest.mark.parametrize(("step", "known"), RUNGS, ids=[step.name.lower() for step, _ in RUNGS])
+def test_any_winner_goes_before_a_prediction(store: TuningStore, step: Step, known: FakeWinner) -> None:
+    store.add_trial(predicted(2, 0.001, for_target("cuda:90")))
+    common = record(fingerprint=known.fingerprint, problem=known.problem, problem_key=known.problem_key)
+    winner = WinnerRecord(
+        **{**common, "config": known.config}, median_us=5.0, p20_us=5.0, p80_us=5.0, samples_us=(5.0,)
+    )
+    store.set_winner(winner)
+    choice = Dispatcher(store, fingerprint=HERE).choose(SPEC, PROBLEM)
+    assert (choice.step, choice.config) == (step, known.config)
+
+
+def test_a_prediction_that_does_not_run_gives_way_to_the_default(
+    store: TuningStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.add_trial(predicted(2, 5.0, for_target("cuda:90")))
+    served = Dispatcher(store, fingerprint=HERE)
+    equip(served, kernels := Kernels(config(2)), monkeypatch)
+    served.launch(SPEC, "shape", lambda: PROBLEM, "cuda:0", {})
+    assert [found for found, _ in kernels.launched] == [SPEC.default_config(PROBLEM)]
+    assert dict(served.stats) == {Step.DEFAULT: 1}
+    equip(other := Dispatcher(store, fingerprint=HERE), Kernels(), monkeypatch)
+    other.launch(SPEC, "shape", lambda: PROBLEM, "cuda:0", {})
+    assert dict(other.stats) == {Step.PREDICTED: 1}
 
 
 # the command and the fingerprint
@@ -374,6 +449,7 @@ def test_the_fingerprint_of_a_target_is_unlike_any_gpus() -> None:
     made = for_target("cuda:90")
     assert (made.gpu, made.capability, made.driver, made.torch) == ("target cuda:90", "9.0", "", "")
     assert for_target("cuda:100").capability == "10.0"
+    assert for_target("hip:gfx942").capability == "gfx942"
     assert re.fullmatch(r"\d+\.\d+.*", made.triton)
     assert len({made.digest, HERE.digest, OLD.digest}) == 3
     assert Fingerprint(**made.to_dict()) == made

@@ -30,12 +30,13 @@ from nsa_autotune.errors import KernelError, UnknownName
 from nsa_autotune.kernels import all_specs, get_spec
 from nsa_autotune.search.budget import Budget
 from nsa_autotune.search.interpret import check_in_interpreter, planned_checks
-from nsa_autotune.search.predict import predict_problem, reject_reason
+from nsa_autotune.search.predict import predict_problem, reject_reason, stored_predictions
 from nsa_autotune.search.ranking import Prediction
 from nsa_autotune.search.roofline import (
     GPU_MODELS,
     LAUNCH_US,
     gpu_model,
+    model_terms,
     occupancy,
     predict_us,
     programs_per_sm,
@@ -126,6 +127,41 @@ def test_more_registers_spills_or_shared_memory_never_speed_arithmetic_up(field:
     assert times == sorted(times) and times[0] < times[-1]
 
 
+@pytest.mark.parametrize(
+    ("programs", "factor", "waves"),
+    [
+        (0, 1.0, 0.0),  # not known: as before
+        (132 * 8, 1.0, 1.0),  # every multiprocessor holds the 8 that fit
+        (132 * 8 * 3, 1.0, 3.0),
+        (132 * 8 + 1, 1 + 0.5 * (2 / (1 + 1 / 1056) - 1), 1 + 1 / 1056),  # half of an almost empty second wave
+        (132 * 8 * 5 // 2, 1 + 0.5 * (3 / 2.5 - 1), 2.5),
+    ],
+)
+def test_the_last_wave_costs_half_of_what_it_idles(programs: int, factor: float, waves: float) -> None:
+    terms = model_terms(Cost(1e12, 1.0), replace(FULL, num_programs=programs), H100)
+    assert (terms.tail_factor, terms.waves) == pytest.approx((factor, waves))
+    assert terms.occupancy == 1.0
+    assert terms.arithmetic_us == pytest.approx(1e12 / (989e6 * 0.7 * 64 / 68))
+    assert terms.time_us == pytest.approx(terms.arithmetic_us * factor + LAUNCH_US)
+
+
+def test_a_small_launch_leaves_multiprocessors_idle_and_warps_lonely() -> None:
+    terms = model_terms(Cost(1e12, 1.0), replace(FULL, num_programs=66), H100)  # half of them get one program
+    assert terms.tail_factor == pytest.approx(2.0)
+    assert terms.arithmetic_us == pytest.approx(1e12 / (989e6 * 0.7 * 8 / (8 + 4)))  # its 8 warps hide little
+    uneven = model_terms(Cost(1e12, 1.0), replace(FULL, num_programs=132 + 66), H100)
+    assert uneven.tail_factor == pytest.approx(2 / 1.5)  # the multiprocessors with two decide
+
+
+def test_amd_has_wider_warps_and_reserves_no_shared_memory() -> None:
+    mi300 = gpu_model("hip:gfx942")
+    assert programs_per_sm(replace(FITS, shared_bytes=65_536, num_warps=4), mi300) == 1
+    assert programs_per_sm(replace(FITS, shared_bytes=0, registers=128, num_warps=4), mi300) == 4  # 131072 // 32768
+    assert programs_per_sm(replace(FITS, shared_bytes=0, registers=64, num_warps=8), mi300) == 4  # 32 warps
+    reason = reject_reason(replace(FITS, registers=256, num_warps=16, shared_bytes=0), mi300, 65_536)
+    assert reason == "needs 256 registers for 1024 threads, the limit is 131072"
+
+
 def test_an_h200_differs_by_its_memory() -> None:
     h200 = gpu_model("cuda:90", "NVIDIA H200")
     assert (h200.hbm_tbps, h200.mma_tflops) == (4.8, H100.mma_tflops)
@@ -183,7 +219,11 @@ def test_predictions_are_ranked_stored_and_no_measurements(store: TuningStore) -
     assert len(stored) == 20 and not store.trials() and not store.winners()
     assert {(record.provider, record.stage, record.median_us) for record in stored} == {("template", "search", None)}
     assert all(record.fingerprint == for_target("cuda:90").to_dict() for record in stored)
-    assert all((record.resources or {})["registers"] == 128 for record in stored)
+    for record in stored:
+        told = record.resources or {}
+        assert (told["registers"], told["shared_bytes"], told["spill_bytes"]) == (128, 65_536, 0)
+        assert told["occupancy"] == occupancy(distinct(record.config), H100)
+        assert told["model_us"] == record.predicted_us  # nothing is measured that would correct it
     assert (listener.plans[0].planned_trials, listener.outcomes[0].kind) == (20, "predicted")
     assert listener.events[-1].best_us == guesses[0] and listener.events[-1].spent == 1.0
 
@@ -243,6 +283,31 @@ def test_a_small_space_is_compiled_whole(store: TuningStore) -> None:
     compiler = FakeCompiler(distinct)
     predict(store, compiler, spec=small, budget=trials(300))
     assert sorted(compiler.compiled) == sorted(legal)
+
+
+def test_later_measurements_correct_what_was_predicted(store: TuningStore) -> None:
+    """Measured elsewhere, many warps are slow: predictions are ordered anew, and the new order is stored."""
+    before = predict(store, FakeCompiler(distinct))
+    assert [p.predicted_us for p in before] == [p.resources["model_us"] for p in before]
+    for tokens in (1024, 2048):
+        task = Task(SPEC, PROBLEM.replace(seq_q=tokens, seq_k=tokens), FINGERPRINT, digest_of(SPEC))
+        for config in list(SPACE.configs())[::8]:
+            told = distinct(config).to_dict()
+            slow = replace(timed(10.0 * int(config["num_warps"])), resources=told)
+            store.add_trial(task.trial(config, slow, "search"))
+    compiler = FakeCompiler(distinct)
+    after = predict(store, compiler)
+    assert not compiler.compiled and len(after) == len(before)
+    warps = [[int(prediction.config["num_warps"]) for prediction in ranked] for ranked in (before, after)]
+    assert warps[0] != sorted(warps[0]) and warps[1] == sorted(warps[1])
+    served = store.trials(kind="predicted", limit=len(after))  # the newest
+    assert {config_key(r.config): r.predicted_us for r in served} == {
+        config_key(p.config): p.predicted_us for p in after
+    }
+    num_stored = len(store.trials(kind="predicted"))
+    assert predict(store, compiler) == after
+    assert len(store.trials(kind="predicted")) == num_stored  # once is enough
+    assert stored_predictions(SPEC, PROBLEM, target="cuda:90", store=store, digest_of=digest_of) == after
 
 
 def test_minutes_end_the_compiling(store: TuningStore) -> None:

@@ -263,7 +263,7 @@ SMALL = replace(
 SMALL_LEGAL = [config for config in SPACE.configs() if SMALL.broken_constraint(PROBLEM, config) is None]
 
 
-def test_retuning_looks_again_at_crashes_only(store: TuningStore) -> None:
+def test_retuning_looks_again_at_crashes_only_if_it_may_leave_quarantine(store: TuningStore) -> None:
     def measure(family: str, problem: Problem, config: Config) -> TrialResult:
         return TrialResult("crash", "gone") if config["num_warps"] == 2 else TrialResult("accuracy", "wrong")
 
@@ -272,7 +272,9 @@ def test_retuning_looks_again_at_crashes_only(store: TuningStore) -> None:
     assert tune(store, failing, spec=SMALL, budget=trials(99)) is None
     assert Counter(record.status for record in store.trials()) == {"crash": 16, "accuracy": 16}
     measurer = FakeMeasurer(make_landscape(0, fail_share=0.0))
-    assert tune(store, measurer, spec=SMALL, retune=True, budget=trials(99)) is not None
+    assert tune(store, measurer, spec=SMALL, retune=True, budget=trials(99)) is None and measurer.measured == []
+    options = {"spec": SMALL, "retune": True, "retry_quarantined": True}
+    assert tune(store, measurer, budget=trials(99), **options) is not None
     assert sorted(measurer.measured) == sorted(config_key(c) for c in SMALL_LEGAL if c["num_warps"] == 2)
 
 

@@ -1,0 +1,278 @@
+"""Claim: to look a kernel up takes at most 1 us of the host, and to launch a prepared one at most 5 us.
+
+Measures lookup, prepared launch and Triton's own launch of each forward kernel and of some backward ones, then a whole
+nsa_attention and a module; writes `results/<date>-<gpu>-dispatch.md` and `.json`. Without a GPU kernels are compiled
+for cuda:90 and launched on a driver that does nothing (see stub_cuda.py), so that only the host's share is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from forward import gpu_slug, without_places, write_page
+
+from nsa_autotune import NativeSparseAttention, NSAConfig, nsa_attention
+from nsa_autotune.cli.bench_report import markdown_table
+from nsa_autotune.codegen.compile import meta_arguments
+from nsa_autotune.codegen.load import load
+from nsa_autotune.codegen.render import render
+from nsa_autotune.dispatch.dispatcher import Dispatcher
+from nsa_autotune.dispatch.fingerprint import current, for_target
+from nsa_autotune.dispatch.triton_launch import CannotPrepareError
+from nsa_autotune.kernels import get_spec
+from nsa_autotune.ops import serve
+from nsa_autotune.spec import Problem
+
+RESULTS = Path(__file__).parent / "results"
+PROBLEM = Problem(seq_q=128, seq_k=128, num_q_heads=16, num_kv_heads=1, d_qk=64, d_v=64)
+HIDDEN = 64
+VARIANTS: tuple[tuple[str, dict[str, Any], int], ...] = (  # family, changes of its default config, kernels
+    ("cmp_pool_fwd", {}, 1),
+    ("cmp_mlp_fwd", {}, 1),
+    ("cmp_attn_fwd", {"use_tma": False}, 1),
+    ("cmp_attn_fwd", {"use_tma": True}, 1),
+    ("slc_select_fwd", {}, 1),
+    ("slc_attn_fwd", {}, 1),
+    ("slc_attn_fwd", {"loop_order": "union", "BLOCK_T": 4, "use_tma": True}, 2),
+    ("win_attn_fwd", {"use_tma": True}, 1),
+    ("gate_sum_fwd", {}, 1),
+    ("win_attn_bwd_dq", {}, 1),
+    ("slc_attn_bwd_dkv", {}, 6),
+)
+COLUMNS = ("work", "kernels", "us", "p20..p80", "us a kernel", "mark us")
+NUMBERS = COLUMNS[1:]
+LOOKUP_MARK_US, LAUNCH_MARK_US = 1.0, 5.0
+NOTES = (
+    "us: median of the host's time for one call, with the 20th and 80th percentile; a sample is the mean of its calls.",
+    "Samples of all lines are taken in turns.",
+    "lookup: the table's answer for a ready key. key and lookup: also the key's making, as the operators do it.",
+    "prepared: Dispatcher.launch, lookup included. Triton's own: the generated launch function as it stands.",
+    "Some launches also allocate scratch or run PyTorch operators between kernels; both ways pay for them.",
+    "nsa_attention and module: forward without gradients; on a CPU their matrix products and PyTorch operators run.",
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """What is measured: a call, the kernels that it launches, and the most it may take, per kernel."""
+
+    work: str
+    call: Callable[[], object]
+    kernels: int = 0
+    mark_us: float | None = None
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure, print and write."""
+    options = parse(arguments)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    with machine() as (device, facts):
+        lines = [*lookup_lines(device), *kernel_lines(device), *whole_lines(device)]
+        samples = measure(lines, options.samples, options.calls, device)
+    command = shlex.join(["python", "benchmarks/dispatch.py", *without_places(arguments)])
+    count = f"{options.samples} of {options.calls} calls a line"
+    facts = {**facts, "date": datetime.now(UTC).isoformat(timespec="seconds"), "command": command, "samples": count}
+    page = make_page(facts, lines, samples)
+    print(page)
+    stem = options.folder / f"{facts['date'][:10]}-{facts['slug']}-dispatch"
+    rows = [
+        {"work": line.work, "kernels": line.kernels, "samples_us": found}
+        for line, found in zip(lines, samples, strict=True)
+    ]
+    data = {"facts": facts, "problem": PROBLEM.to_dict(), "rows": rows}
+    write_page(stem, page, json.dumps(data, indent=1) + "\n")
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options; all have defaults."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=40)
+    parser.add_argument("--calls", type=int, default=200)
+    parser.add_argument("--folder", type=Path, default=RESULTS)
+    return parser.parse_args(arguments)
+
+
+@contextmanager
+def machine() -> Iterator[tuple[torch.device, dict[str, str]]]:
+    """The device to launch on and its facts: a GPU, or the CPU's memory and a stub."""
+    import triton
+
+    versions = {"torch, Triton": f"{torch.__version__}, {triton.__version__}", "Python": platform.python_version()}
+    if torch.cuda.is_available():
+        here = current("cuda:0")
+        gpu = {"GPU": here.gpu, "driver, CUDA": f"{here.driver}, {here.cuda}", "slug": gpu_slug(here.gpu)}
+        yield torch.device("cuda:0"), {**gpu, **versions}
+        return
+    import stub_cuda
+
+    with tempfile.TemporaryDirectory() as folder, serving_cpu_tensors():
+        stub_cuda.build(Path(folder))
+        stub_cuda.StubDriver().install()
+        load_1m = os.getloadavg()[0]
+        stub = {"GPU": f"none: stub driver, kernels compiled for cuda:{stub_cuda.CAPABILITY}", "slug": "cpu-stub"}
+        cores = f"{os.cpu_count()}, load average {load_1m:.1f} at the start"
+        yield torch.device("cpu"), {**stub, "CPU cores": cores, **versions}
+
+
+@contextmanager
+def serving_cpu_tensors() -> Iterator[None]:
+    """Within it, tensors of the CPU take the way of CUDA tensors."""
+    kept = serve.on_kernels, torch.cuda.current_device
+    serve.on_kernels, torch.cuda.current_device = (lambda x: True), (lambda: None)  # torch.device("cpu").index
+    try:
+        yield
+    finally:
+        serve.on_kernels, torch.cuda.current_device = kept
+
+
+def dispatcher(device: torch.device, prepared: bool = True) -> Dispatcher:
+    """One without winners; on the stub, where nothing runs, launches are trusted untested."""
+
+    def never() -> None:
+        raise CannotPrepareError("asked for Triton's own launch")
+
+    if not prepared:
+        return Dispatcher(None, trusted=never, fingerprint=None if device.type == "cuda" else for_target("cuda:90"))
+    if device.type == "cuda":
+        return Dispatcher(None)
+    return Dispatcher(None, trusted=lambda: None, fingerprint=for_target("cuda:90"))
+
+
+def lookup_lines(device: torch.device) -> list[Line]:
+    """The table's answer by itself."""
+    served, spec = dispatcher(device), get_spec("win_attn_fwd")
+    given, config = arguments_of("win_attn_fwd", device), NSAConfig()
+    q, k, v = given["q"], given["k"], given["v"]
+
+    def key() -> tuple[Any, ...]:
+        return (spec.family, device.index, q.shape, k.shape, v.shape[-1], q.dtype, config, serve.packing_of(None), 128)
+
+    served.launch(spec, key(), lambda: PROBLEM, device, given)
+    ready, find = key(), served._plans.get
+    return [
+        Line("lookup", lambda: find(ready), mark_us=LOOKUP_MARK_US),
+        Line("key and lookup", lambda: find(key())),
+    ]
+
+
+def kernel_lines(device: torch.device) -> list[Line]:
+    """Each variant launched both ways."""
+    lines: list[Line] = []
+    for family, changes, kernels in VARIANTS:
+        spec = get_spec(family)
+        config = {**spec.default_config(PROBLEM), **changes}
+        served, given = Fixed(device, config), arguments_of(family, device)
+        launch = load(render(spec, PROBLEM, config)).launch
+        name = " ".join([family, *(f"{n}={v}" for n, v in changes.items())])
+        prepared = partial(served.launch, spec, (family, device.index), lambda: PROBLEM, device, given)
+        prepared()
+        if served.ordinary:
+            raise RuntimeError(f"{name} was not prepared: {dict(served.ordinary)}")
+        lines += [
+            Line(f"{name}: prepared", prepared, kernels, LAUNCH_MARK_US),
+            Line(f"{name}: Triton's own", partial(launch, **given), kernels),
+        ]
+    return lines
+
+
+class Fixed(Dispatcher):
+    """Serves one config."""
+
+    def __init__(self, device: torch.device, config: dict[str, Any]) -> None:
+        like = dispatcher(device)
+        super().__init__(None, fingerprint=like._fingerprint, trusted=like._trusted)
+        self._config = config
+
+    def _load(self, spec: Any, problem: Problem, config: Any) -> Any:
+        return super()._load(spec, problem, self._config)
+
+
+def arguments_of(family: str, device: torch.device) -> dict[str, Any]:
+    """Tensors of zeros: every selected block is the first, which is legal."""
+    given = meta_arguments(get_spec(family), PROBLEM)
+    return {n: torch.zeros_like(v, device=device) if isinstance(v, torch.Tensor) else v for n, v in given.items()}
+
+
+def whole_lines(device: torch.device) -> list[Line]:
+    """nsa_attention and the module, with prepared launches and without."""
+    p = PROBLEM
+    like: dict[str, Any] = {"device": device, "dtype": getattr(torch, p.dtype)}
+    q = torch.randn(1, p.seq_q, p.num_q_heads, p.d_qk, **like)
+    k, v = (torch.randn(1, p.seq_k, p.num_kv_heads, d, **like) for d in (p.d_qk, p.d_v))
+    gates, x = torch.rand(1, p.seq_q, p.num_q_heads, 3, **like), torch.randn(1, p.seq_q, HIDDEN, **like)
+    lines: list[Line] = []
+    for name, prepared in (("prepared", True), ("Triton's own", False)):
+        served = dispatcher(device, prepared)
+        module = NativeSparseAttention(HIDDEN, p.num_q_heads, p.num_kv_heads, p.d_qk, dispatcher=served)
+        module = module.to(**like).requires_grad_(False)
+        attend = partial(nsa_attention, q, k, v, gates, config=p.nsa, dispatcher=served)
+        lines += [
+            Line(f"nsa_attention, mean compression: {name}", attend, 7),
+            Line(f"module with rotary and learned compression: {name}", partial(module, x), 7),
+        ]
+    return lines
+
+
+def measure(lines: Sequence[Line], samples: int, calls: int, device: torch.device) -> list[list[float]]:
+    """Microseconds a call, `samples` of each line, all lines in turns."""
+    found: list[list[float]] = [[] for _ in lines]
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    for turn in range(-2, samples):  # the first two warm up
+        for line, times in zip(lines, found, strict=True):
+            count = min(calls, 20) if line.kernels > 6 else calls  # a GPU's queue holds about a thousand launches
+            wait()
+            start = time.perf_counter_ns()
+            for _ in range(count):
+                line.call()
+            if turn >= 0:
+                times.append((time.perf_counter_ns() - start) / 1e3 / count)
+    wait()
+    return found
+
+
+def make_page(facts: dict[str, str], lines: Sequence[Line], samples: Sequence[Sequence[float]]) -> str:
+    """The dated page."""
+    shown = [(name, value) for name, value in facts.items() if name != "slug"]
+    rows = [row_of(line, found) for line, found in zip(lines, samples, strict=True)]
+    p = PROBLEM
+    shape = f"batch 1, {p.seq_q} tokens, {p.num_q_heads} query heads, {p.num_kv_heads} kv head, d {p.d_qk}, {p.dtype}"
+    text = [f"# Host cost of a launch, {facts['slug']}, {facts['date'][:10]}", ""]
+    text += [*markdown_table(("what", "found"), shown, ()), "", f"## {shape}", ""]
+    text += [*markdown_table(COLUMNS, rows, NUMBERS), "", *(f"- {note}" for note in NOTES)]
+    return "\n".join(text) + "\n"
+
+
+def row_of(line: Line, found: Sequence[float]) -> tuple[object, ...]:
+    """The cells of a line."""
+    low, middle, high = (
+        statistics.quantiles(found, n=5)[0],
+        statistics.median(found),
+        statistics.quantiles(found, n=5)[3],
+    )
+    each = middle / line.kernels if line.kernels else None
+    mark = (
+        "" if line.mark_us is None else f"{line.mark_us:g} ({'met' if (each or middle) <= line.mark_us else 'missed'})"
+    )
+    spread = f"{low:.2f}..{high:.2f}"
+    return (line.work, line.kernels or "", f"{middle:.2f}", spread, "" if each is None else f"{each:.2f}", mark)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
