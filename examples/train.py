@@ -21,6 +21,7 @@ from typing import Any
 
 import curves
 import torch
+from activations import save_activations
 from decoder import ATTENTIONS, Decoder, Sizes
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -52,6 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stop-at", type=float, default=1.0, help="end when a record's mean accuracy reaches it")
     parser.add_argument("--start-seq", type=int, help="tokens of a sequence at first; doubled up to --seq (recall)")
     parser.add_argument("--double-at", type=float, default=0.9, help="mean accuracy of a record that doubles them")
+    parser.add_argument("--dump-activations", type=Path, help="file for q, k, v of the last layer (codesign)")
     for name, value, meaning in (
         ("seq", 4096, "tokens of a sequence"),
         ("batch", 8, "sequences of a step"),
@@ -189,6 +191,13 @@ class Trainer:
         loss, accuracy = torch.stack(found).mean(0).tolist()
         return {"evaluation_loss": loss, "evaluation_accuracy": accuracy, "evaluation_batches": batches}
 
+    def dump_activations(self, path: Path) -> None:
+        """Write q, k and v of the last layer on one sequence that training never saw."""
+        data = torch.Generator().manual_seed(self.options.seed + 2_000_003)
+        tokens, _ = self.task.batch(1, self.options.seq, data)
+        with self.precision():
+            save_activations(self.model, tokens.to(self.device), -1, path)
+
     def peak_memory(self) -> int | None:
         """Most bytes that tensors held on the GPU so far; None on a CPU."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
@@ -219,6 +228,9 @@ def train(options: argparse.Namespace, console: Console) -> list[Record]:
         result = {"seconds": round(time.perf_counter() - started, 1), **records[-1], **trainer.evaluate()}
     (options.out / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     console.print(json.dumps(result))
+    if options.dump_activations is not None:
+        trainer.dump_activations(options.dump_activations)
+        console.print(f"wrote {options.dump_activations}")
     drawn = curves.draw([options.out], options.out / "curves.png")
     console.print(f"wrote {options.out}" + ("" if drawn else " (no curves.png: matplotlib is not installed)"))
     return records

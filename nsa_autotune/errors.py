@@ -53,6 +53,10 @@ class KernelError(NSAError, RuntimeError):
     """A generated kernel that does not compile, fit or launch; names template lines."""
 
 
+class NoConfigWorks(NSAError, LookupError):
+    """Every config of a kernel that was tried for a problem failed; the trials hold the reasons."""
+
+
 class NotTuned(NSAError, LookupError):
     """strict=True and no exact winner is known."""
 

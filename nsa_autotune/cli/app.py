@@ -11,7 +11,7 @@ import typer
 
 from .. import __version__
 from ..errors import NSAError
-from . import bench, cover, db, doctor, recertify, render, replay, tune
+from . import bench, codesign, cover, db, doctor, recertify, render, replay, tune
 from .console import errors
 
 EXIT_MISTAKE = 2
@@ -27,6 +27,7 @@ app.command("tune")(tune.tune)
 app.command("recertify")(recertify.recertify)
 app.command("render")(render.render)
 app.command("bench")(bench.bench)
+app.command("codesign")(codesign.codesign)
 app.command("cover")(cover.cover)
 app.command("doctor")(doctor.doctor)
 app.command("replay")(replay.replay)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..search.budget import Budget, Meter
     from ..search.progress import Effort
     from ..search.ranking import Prediction
+    from .codesign_display import CodesignDisplay
     from .progress import TuneDisplay
 
 CONFIRM_SHARE = 0.1  # of the minutes, for racing the winners again
@@ -167,7 +168,7 @@ def confirm(
         display.outcomes[number] = replace(outcome, winner=confirm_winner(task, measurer=worker, store=store))
 
 
-def settle(journal: Journal, store: TuningStore, display: TuneDisplay) -> None:
+def settle(journal: Journal, store: TuningStore, display: TuneDisplay | CodesignDisplay) -> None:
     """Store what an earlier run was at when it died."""
     from ..search.quarantine import store_suspects
 

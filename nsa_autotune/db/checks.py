@@ -124,6 +124,7 @@ TEXT = Rule("a string without NUL or lone surrogates", _is_text)
 NAME = Rule("a string that is not empty", lambda value: _is_text(value) and value != "")
 NUMBER = Rule("a finite number, not negative", _is_number)
 POSITIVE = Rule("a finite number above 0", _is_positive)
+SHARE = Rule("a number from 0 to 1", lambda value: _is_number(value) and value <= 1)  # type: ignore[operator]
 SCALARS = Rule("an object of numbers, booleans and strings", _is_scalars)
 
 _SHARED = {
@@ -163,6 +164,21 @@ WINNER_RULES: Mapping[str, Rule] = {
     "verdict": _one_of(VERDICTS),
     "rivals": Rule("a list of configs with tied, blocks, log_ratio, low and high", _is_rivals),
     "resources": _or_none(SCALARS),
+}
+DESIGN_RULES: Mapping[str, Rule] = {
+    **{name: _SHARED[name] for name in ("fingerprint", "created", "tool_version")},
+    "study": _SHARED["problem"],
+    "nsa": SCALARS,
+    "group_size": Rule("a whole number above 0", lambda value: isinstance(value, int) and _is_positive(value)),
+    "latency_us": POSITIVE,
+    "parts": Rule(
+        "an object of numbers above 0",
+        lambda v: _is_scalars(v) and all(map(_is_positive, v.values())),  # type: ignore[attr-defined]
+    ),
+    **dict.fromkeys(("mass_kept", "mass_kept_p10"), SHARE),
+    "output_error": NUMBER,
+    "locality": _or_none(SHARE),
+    "kind": _one_of(KINDS),
 }
 
 

@@ -145,3 +145,26 @@ class ShippedFileRow(Base):
     __tablename__ = "nsa_shipped_files"
     name: Mapped[str] = mapped_column(primary_key=True)
     sha256: Mapped[str]
+
+
+class DesignRow(Base):
+    """Constants of NSA that a co-design study evaluated; `digest` is their natural key, written once."""
+
+    __tablename__ = "nsa_designs"
+    __table_args__ = (Index(None, "study_digest", "fingerprint_id"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    digest: Mapped[str] = mapped_column(unique=True)
+    fingerprint_id: Mapped[int] = mapped_column(ForeignKey(FingerprintRow.id))
+    study_digest: Mapped[str]
+    study: Mapped[dict[str, Any]]
+    nsa: Mapped[dict[str, Any]]
+    group_size: Mapped[int]
+    latency_us: Mapped[float]
+    parts: Mapped[dict[str, Any]]
+    mass_kept: Mapped[float]
+    mass_kept_p10: Mapped[float]
+    output_error: Mapped[float]
+    locality: Mapped[float | None]
+    kind: Mapped[str]
+    created: Mapped[str]
+    tool_version: Mapped[str]

@@ -9,6 +9,7 @@ from sqlalchemy import ColumnElement, Select, func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
+from ..spec import digest
 from .checks import SOURCES
 from .models import FingerprintRow, ProblemRow, TrialRow, VariantRow, WinnerRow
 from .records import TrialRecord, WinnerRecord
@@ -148,17 +149,18 @@ def winner_of(winner: WinnerRow, fingerprint: FingerprintRow, problem: ProblemRo
     )
 
 
+def intern_fingerprint(session: Session, machine: Mapping[str, str]) -> int:
+    """The id of a fingerprint's row, inserted if it is absent."""
+    facts = dict(machine)
+    return _intern(
+        session, FingerprintRow, digest(facts), gpu=facts["gpu"], capability=facts["capability"], facts=facts
+    )
+
+
 def _references(session: Session, record: TrialRecord | WinnerRecord) -> dict[str, int]:
-    machine, family = record.fingerprint, record.family
+    family = record.family
     return {
-        "fingerprint_id": _intern(
-            session,
-            FingerprintRow,
-            record.fingerprint_digest,
-            gpu=machine["gpu"],
-            capability=machine["capability"],
-            facts=machine,
-        ),
+        "fingerprint_id": intern_fingerprint(session, record.fingerprint),
         "problem_id": _intern(
             session,
             ProblemRow,

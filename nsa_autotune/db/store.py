@@ -17,6 +17,7 @@ from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from ..errors import StoreError, UnknownName
+from .designs import DesignRecord, insert_design, read_designs
 from .engine import (
     OTHER_DATABASE,
     for_writing,
@@ -156,6 +157,19 @@ class TuningStore:
         }
         with self._transaction() as session:
             return read_winners(session, where)
+
+    def add_design(self, record: DesignRecord) -> bool:
+        """Store a point of a co-design study; False if the study holds it already on this fingerprint."""
+        with self._transaction(write=True) as session:
+            return insert_design(session, record)
+
+    def designs(
+        self, *, study_digest: str | None = None, fingerprint_digest: str | None = None, kind: str | None = None
+    ) -> list[DesignRecord]:
+        """Points of co-design studies that equal every value given, oldest first."""
+        where = {"study_digest": study_digest, "fingerprint_digest": fingerprint_digest, "kind": kind}
+        with self._transaction() as session:
+            return read_designs(session, where)
 
     def query(
         self,

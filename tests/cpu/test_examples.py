@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-NAMES = ("curves", "decoder", "tasks", "train")
+NAMES = ("activations", "curves", "decoder", "tasks", "train")
 SMALL = "--device cpu --batch 4 --hidden 32 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --pairs 4"
 TINY = [*SMALL.split(), "--repeats", "1", "--window", "16", "--lr", "1e-2"]
 
@@ -99,3 +99,29 @@ def test_what_cannot_work_is_told_in_a_sentence(train: ModuleType, tmp_path: Pat
         train.make_task(train.parse(["--seq", "64", "--pairs", "3", "--repeats", "8"]))
     with pytest.raises(ValueError, match="--repeats must be at least 1, not 0"):
         train.make_task(train.parse(["--repeats", "0"]))
+
+
+@pytest.mark.parametrize(
+    ("attention", "more"), [("nsa", []), ("nsa", ["--share-kv"]), ("dense", ["--rope-theta", "1e4"])]
+)
+def test_activations_are_those_of_the_layer(train: ModuleType, tmp_path: Path, attention: str, more: list[str]) -> None:
+    from nsa_autotune.bench.activations import load_activations
+
+    file = tmp_path / "layer.pt"
+    words = f"--attention {attention} --seq 64 --steps 1 --out {tmp_path} --dump-activations {file}".split()
+    train.train(train.parse([*words, *TINY, *more]), Console(quiet=True))
+    found = load_activations(file)
+    assert found.q.shape == (1, 64, 2, 16) and found.k.shape == found.v.shape == (1, 64, 1, 16)
+
+
+@pytest.mark.parametrize("theta", [[], ["--rope-theta", "1e4"]])
+def test_dumped_activations_give_the_layers_output(train: ModuleType, theta: list[str]) -> None:
+    """Dense attention of what is dumped, projected, is what the layer returns."""
+    model = train.make_model(train.parse(["--attention", "dense", *TINY, *theta]), 32)
+    tokens, outputs = torch.arange(48).remainder(32)[None], []
+    model.layers[-1].attention.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    found = sys.modules["activations"].layer_activations(model, tokens, -1)
+    q, k, v = (found[name].transpose(1, 2) for name in "qkv")
+    o = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    expected = model.layers[-1].attention.out_proj(o.transpose(1, 2).flatten(-2))
+    assert torch.allclose(outputs[0], expected, atol=1e-5)

@@ -101,7 +101,9 @@ class Compiler:
                 continue
             code = code_of(job.config, "new" if job.config in self.changed else "")
             launch = self.launch or code["launch_sha"]
-            yield CompileOutcome(job, "ok", resources=Resources(64, 0, 0, 4, code["binary_sha"], 1.0, launch_sha=launch))
+            yield CompileOutcome(
+                job, "ok", resources=Resources(64, 0, 0, 4, code["binary_sha"], 1.0, launch_sha=launch)
+            )
 
 
 @pytest.fixture
