@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from ..errors import StoreError
 from ..spec import KernelSpec, Problem
 from .console import errors, make_table, output, problem_text
-from .tune_run import EXIT_INTERRUPTED, EXIT_NO_WINNER, verdict_text
+from .tune_report import verdict_text
+from .tune_run import EXIT_INTERRUPTED, EXIT_NO_WINNER
 
 if TYPE_CHECKING:
     from ..bench.worker import MeasureWorker

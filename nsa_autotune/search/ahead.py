@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from ..bench.result import TrialResult
 from ..codegen.pool import CompileJob, CompileOutcome, CompilePool
@@ -26,6 +26,7 @@ class Prepared:
     config: Config
     failure: TrialResult | None = None
     code: str = ""  # equal for configs that run the same machine code on the same grid; empty if it is not known
+    resources: dict[str, Any] = field(default_factory=dict)  # what the compiler told, programs of the grid included
 
 
 class Preparer(Protocol):
@@ -108,10 +109,12 @@ def prepared(outcome: CompileOutcome) -> Prepared:
     config, resources = outcome.job.config, outcome.resources
     if outcome.status != "ok" or resources is None:
         return Prepared(config, TrialResult(outcome.status, outcome.reason))  # type: ignore[arg-type]
+    told = resources.to_dict()
     if resources.spill_bytes > MAX_SPILL_BYTES:
         reason = f"{resources.spill_bytes} bytes of registers spill a thread, over {MAX_SPILL_BYTES}"
-        return Prepared(config, TrialResult("resource", reason))
-    return Prepared(config, code=f"{resources.binary_sha} {resources.call_sha}" if resources.call_sha else "")
+        return Prepared(config, TrialResult("resource", reason), resources=told)
+    code = f"{resources.binary_sha} {resources.call_sha}" if resources.call_sha else ""
+    return Prepared(config, code=code, resources=told)
 
 
 def compile_ahead(capability: str, processes: int) -> AbstractContextManager[Preparer]:

@@ -1,10 +1,9 @@
-"""A sweep: which problems of a grid are tuned, at which member of a bucket, in which order, and for how long."""
+"""A sweep: which problems of a grid are tuned, at which member of a bucket, and in which order."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import InvalidInput, InvalidProblem
@@ -14,16 +13,13 @@ from .task import problem_distance
 
 MAX_COUNT = 1 << 20  # of sequences or heads; beyond it a number is a slip of the keyboard
 
-Worth = Callable[[KernelSpec, Problem], float]  # relative to other problems; a share of the minutes goes by it
-
 
 @dataclass(frozen=True)
 class Step:
-    """One problem to tune, and what its tuning is worth relative to the others."""
+    """One problem to tune."""
 
     spec: KernelSpec
     problem: Problem
-    worth: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -33,16 +29,6 @@ class SweepPlan:
     steps: tuple[Step, ...]
     merged: int = 0  # problems that the largest one of their bucket stands for
     skipped: tuple[tuple[str, int], ...] = ()  # reason, combinations; most frequent first
-
-    @property
-    def worths(self) -> tuple[float, ...]:
-        """Of the steps, in order."""
-        return tuple(step.worth for step in self.steps)
-
-
-def equal_worth(spec: KernelSpec, problem: Problem) -> float:
-    """Every problem gets the same time."""
-    return 1.0
 
 
 def parse_counts(text: str, option: str) -> tuple[int, ...]:
@@ -67,11 +53,10 @@ def plan_sweep(
     specs: Sequence[KernelSpec],
     problems: Iterable[Problem],
     skipped: Mapping[str, int] | None = None,
-    worth: Worth = equal_worth,
 ) -> SweepPlan:
     """Family by family, neighbours together, one problem a bucket; `skipped` counts combinations refused before.
 
-    Raises InvalidInput for a worth that is not positive, and InvalidProblem if nothing is left.
+    Raises InvalidProblem if nothing is left.
     """
     reasons = Counter(skipped or {})
     every = list(problems)
@@ -82,7 +67,7 @@ def plan_sweep(
         reasons.update(refused)
         largest = largest_of_buckets(spec, members)
         merged += len(members) - len(largest)
-        steps += [Step(spec, problem, _checked(worth(spec, problem))) for problem in ordered(spec, largest)]
+        steps += [Step(spec, problem) for problem in ordered(spec, largest)]
     if not steps:
         listed = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
         remedy = "Choose other lengths, batches or heads."
@@ -138,14 +123,3 @@ def ordered(spec: KernelSpec, problems: Sequence[Problem]) -> list[Problem]:
         for index in nearest:
             nearest[index] = min(nearest[index], problem_distance(spec, left[best], left[index]))
     return found
-
-
-def minutes_of_next(left_minutes: float, worths: Sequence[float]) -> float:
-    """The first problem's share of the minutes that are left, by its worth among all problems that are left."""
-    return left_minutes * worths[0] / sum(worths)
-
-
-def _checked(worth: float) -> float:
-    if not (math.isfinite(worth) and worth > 0):
-        raise InvalidInput("a problem's worth must be a positive number", {"worth": worth}, "1 is usual.")
-    return worth

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from ..bench.result import TrialResult
@@ -205,7 +206,8 @@ class _Tuning:
             result = _twin_result(twin)
         else:
             result = self.measurer.measure(self.task.spec.family, self.task.problem, config)
-        record = self.task.trial(config, result, "search")
+        resources = {**prepared.resources, **(result.resources or {})}  # what was loaded on the device counts more
+        record = self.task.trial(config, replace(result, resources=resources or None), "search")
         if prepared.code and result.ok:
             self.codes[prepared.code] = record
         self.meter.trials += 1

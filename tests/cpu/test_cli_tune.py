@@ -9,7 +9,7 @@ import pytest
 
 from nsa_autotune.bench.result import TrialResult
 from nsa_autotune.cli import tune as tune_command
-from nsa_autotune.cli import tune_run
+from nsa_autotune.cli import tune_report, tune_run
 from nsa_autotune.cli.app import main
 from nsa_autotune.db.store import TuningStore
 from nsa_autotune.dispatch.fingerprint import Fingerprint
@@ -185,7 +185,7 @@ def test_final_tables_are_readable_in_80_columns(
     assert main([*COMMAND, "--db", url]) == 0
     spec = get_spec("slc_select_fwd")
     ranked = [Prediction(spec.default_config(Problem()), 12345.6, {"registers": 255, "shared_bytes": 200_000})]
-    tune_run.print_predictions([tune_run.Guess("cuda:90", spec, Problem(), ranked)])
+    tune_report.print_predictions([tune_report.Guess("cuda:90", spec, Problem(), ranked)])
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80 and "…" not in out
     assert {"gate_sum_fwd", "slc_select_fwd", "12346", "gain", "winner", "config"} <= set(out.split())

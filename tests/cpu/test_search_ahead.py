@@ -45,6 +45,7 @@ def test_calls_differ_by_grid_numbers_and_shapes() -> None:
 def test_what_spills_or_failed_need_not_be_measured() -> None:
     assert prepared(outcome(spill_bytes=MAX_SPILL_BYTES)).failure is None
     refused = prepared(outcome(spill_bytes=MAX_SPILL_BYTES + 1)).failure
+    assert prepared(outcome()).resources["registers"] == 64 and prepared(outcome()).resources["call_sha"] == "b"
     assert refused is not None and refused.status == "resource" and f"over {MAX_SPILL_BYTES}" in refused.reason
     failed = prepared(CompileOutcome(outcome().job, "timeout", "too long")).failure
     assert failed is not None and (failed.status, failed.reason) == ("timeout", "too long")

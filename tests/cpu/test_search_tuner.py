@@ -508,7 +508,7 @@ def test_configs_with_equal_machine_code_are_measured_once(store: TuningStore) -
         def take(self) -> list[Prepared]:
             (one,) = super().take()
             code = config_key({name: value for name, value in one.config.items() if name != "num_stages"})
-            return [replace(one, code=code)]
+            return [replace(one, code=code, resources={"num_programs": 7, "registers": 1})]
 
     time_us = make_landscape(0, fail_share=0.0)
     measurer, listener = FakeMeasurer(lambda c: time_us({**c, "num_stages": 1})), Listener()
@@ -517,6 +517,7 @@ def test_configs_with_equal_machine_code_are_measured_once(store: TuningStore) -
     merged = [record for record in found if record.status == "same_code"]
     assert len(found) == 60 and len(measurer.measured) == 60 - len(merged) and len(merged) > 5
     by_config = {config_key(r.config): r for r in found}
+    assert all(r.resources == {"num_programs": 7, "registers": 64} for r in found)  # the measured number of registers
     for record in merged:
         assert record.samples_us == () and record.median_us == time_us({**record.config, "num_stages": 1})
         twin = by_config[record.reason.removeprefix("the same machine code as ")]

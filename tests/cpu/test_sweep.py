@@ -22,7 +22,7 @@ from nsa_autotune.errors import InvalidInput, InvalidProblem
 from nsa_autotune.kernels import all_specs, get_spec
 from nsa_autotune.search.presets import parse_seq_lens
 from nsa_autotune.search.space import config_key
-from nsa_autotune.search.sweep import largest_of_buckets, minutes_of_next, ordered, parse_counts, plan_sweep
+from nsa_autotune.search.sweep import largest_of_buckets, ordered, parse_counts, plan_sweep
 from nsa_autotune.search.task import problem_distance
 from nsa_autotune.search.tuner import tune_problem
 from nsa_autotune.spec import Problem
@@ -100,16 +100,6 @@ def test_illegal_combinations_are_skipped_and_counted() -> None:
 def test_an_empty_sweep_is_an_error_with_its_reasons() -> None:
     with pytest.raises(InvalidProblem, match=r"no legal problem.*phi_hidden must be a power of two.*\(1\)"):
         plan_sweep([get_spec("cmp_mlp_fwd")], [Problem(phi_hidden=65)], {})
-
-
-def test_minutes_go_by_worth() -> None:
-    plan = plan_sweep([SPEC], [at(512), at(1024), at(2048)], worth=lambda spec, problem: problem.seq_k / 512)
-    assert plan.worths == (1, 2, 4)
-    assert minutes_of_next(70.0, plan.worths) == 10.0
-    assert minutes_of_next(30.0, plan.worths[1:]) == 10.0
-    assert plan_sweep([SPEC], [at(512), at(1024)]).worths == (1.0, 1.0)
-    with pytest.raises(InvalidInput, match="worth must be a positive number"):
-        plan_sweep([SPEC], [at(512)], worth=lambda spec, problem: 0.0)
 
 
 def test_each_problem_starts_from_the_winners_before() -> None:
