@@ -34,10 +34,10 @@ Variant = dict[str, Any]
 
 
 def shipped_variants(path: Path, gpu: str) -> list[Variant]:
-    """Family, problem, its key and config of the GPU's shipped winners, each once."""
+    """Family, problem and config of the GPU's shipped winners, each once."""
     lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     winners = [line for line in lines if line["record"] == "winner" and line["fingerprint"]["gpu"] == gpu]
-    names = ("family", "problem", "problem_key", "config")
+    names = ("family", "problem", "config")
     found = {name_of(winner): {name: winner[name] for name in names} for winner in winners}
     return [found[name] for name in sorted(found)]
 
@@ -145,6 +145,13 @@ def label(told: Mapping[str, Any]) -> str:
     return f"Triton {told['triton']} with {told['assembler']}{touched}"
 
 
+def as_text(told: Mapping[str, Any]) -> str:
+    """JSON with one variant a line."""
+    head = {name: value for name, value in told.items() if name != "variants"}
+    lines = ",\n".join(json.dumps(variant, sort_keys=True) for variant in told["variants"])
+    return f'{json.dumps(head, sort_keys=True)[:-1]}, "variants": [\n{lines}\n]}}\n'
+
+
 def run_compile(arguments: argparse.Namespace) -> None:
     """Compile the winners and write the JSON."""
     variants = shipped_variants(arguments.winners, arguments.gpu)
@@ -154,7 +161,7 @@ def run_compile(arguments: argparse.Namespace) -> None:
         found = compile_all(variants, arguments.target, arguments.jobs)
     told = {**toolchain(arguments.target), "target": arguments.target, "gpu": arguments.gpu}
     told |= {"touched": arguments.touch_templates, "variants": found}
-    Path(arguments.out).write_text(json.dumps(told, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    Path(arguments.out).write_text(as_text(told), encoding="utf-8")
     print(f"{sum('error' not in variant for variant in found)} of {len(found)} winners compiled with {label(told)}")
 
 

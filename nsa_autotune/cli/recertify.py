@@ -43,8 +43,9 @@ def recertify(
     chosen = tuple(spec.family for spec in options.choose_specs(options.split(families, "--families")))
     goal = next(iter(choose_targets([] if target is None else [target])), None)
     if goal is not None and not dry_run:
+        rule = "recertifying measures: without a CUDA device, or with --target, it needs --dry-run"
         remedy = f"Write `nsa-autotune recertify --dry-run --target {goal}` to see what would carry over."
-        raise InvalidInput("recertifying measures, so it needs a CUDA device and no --target", {"target": goal}, remedy)
+        raise InvalidInput(rule, {"--target": target}, remedy)
     if gpu and goal is None:
         raise InvalidInput("--gpu goes with --target", {"--gpu": gpu}, "A GPU at hand is named by --device.")
     run = Run(chosen, parse_budget(budget) if search else None, db, device, goal, gpu, jobs or os.cpu_count() or 1)

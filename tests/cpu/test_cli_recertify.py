@@ -215,7 +215,7 @@ def test_without_a_gpu_a_target_is_compiled_for(
 def test_mistakes_get_a_sentence(gpu: type[Worker], url: str, run: Run) -> None:
     for arguments, words in (
         (("--gpu", "H100"), "--gpu goes with --target"),
-        (("--target", "cuda:90"), "no --target"),
+        (("--target", "cuda:90"), "it needs --dry-run"),
         (("--budget", "quik"), "Did you mean 'quick'"),
         (("--families", "gate"), "gate"),
     ):
