@@ -63,6 +63,7 @@ NOTES = (
     "Samples of all lines are taken in turns.",
     "lookup: the table's answer for a ready key. key and lookup: also the key's making, as the operators do it.",
     "prepared: Dispatcher.launch, lookup included. Triton's own: the generated launch function as it stands.",
+    "Nothing is tuned here, so a prepared launch is also counted as a miss; one of an exact winner is not.",
     "Some launches also allocate scratch or run PyTorch operators between kernels; both ways pay for them.",
     "nsa_attention and module: forward without gradients; on a CPU their matrix products and PyTorch operators run.",
 )

@@ -1,5 +1,6 @@
-# mypy: ignore-errors
 """Two tiny kernels on which a prepared launch is compared with Triton's own, once a device; imported when needed."""
+
+# mypy: ignore-errors
 
 import torch
 import triton

@@ -157,15 +157,15 @@ def check_other_strides_are_prepared_anew(driver: Any) -> None:
     module, served, ordinary = prepare("win_attn_fwd", use_tma=False)
     given = arguments_of("win_attn_fwd")
     served(given)
-    wide = torch.zeros(1, 64, 8, 32, dtype=torch.float16)
-    viewed = {**given, "q": wide[:, :, :4], "k": wide[:, :, 2:3]}  # other strides and storage offsets
-    for _ in range(2):
+    for heads in (8, 8, 12, 8, 12):
+        wide = torch.zeros(1, 64, heads, 32, dtype=torch.float16)
+        viewed = {**given, "q": wide[:, :, :4], "k": wide[:, :, 6:7]}  # other strides and storage offsets
         driver.take()
         served(viewed)
         prepared = driver.take()
         module.launch(**viewed)
         assert plain(prepared, viewed) == plain(driver.take(), viewed)
-    assert len(served._plans) == 2 and not ordinary
+    assert len(served._plans) == 3 and not ordinary
 
 
 def check_a_misaligned_tensor_goes_tritons_way(driver: Any) -> None:
