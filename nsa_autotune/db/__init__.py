@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from .lookup import open_for_lookup
 from .records import TrialRecord, WinnerRecord
-from .store import TuningStore, open_for_lookup
+from .store import TuningStore
 
 __all__ = ["TrialRecord", "TuningStore", "WinnerRecord", "open_for_lookup"]
