@@ -30,6 +30,7 @@ class About:
     family: str = ""
     problem: Mapping[str, object] = field(default_factory=dict)
     policy: str = ""
+    whole_name: bool = False  # gpu is the name itself
 
 
 def trials_about(session: Session, about: About) -> list[ColumnElement[bool]]:
@@ -59,6 +60,8 @@ def _about(session: Session, about: About, table: type[TrialRow] | type[WinnerRo
     where: list[ColumnElement[bool]] = []
     if about.gpu:
         named = func.lower(FingerprintRow.gpu).contains(about.gpu.lower(), autoescape=True)
+        if about.whole_name:
+            named = FingerprintRow.gpu == about.gpu
         where.append(table.fingerprint_id.in_(select(FingerprintRow.id).where(named)))
     asked = [ProblemRow.family == about.family] if about.family else []
     for name, value in about.problem.items():

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -207,6 +207,10 @@ class TuningStore:
                 limit=limit,
                 current_templates=current_templates,
             )
+
+    def reading(self) -> AbstractContextManager[Session]:
+        """A transaction for questions of other kinds; see TuningDatabase."""
+        return self._transaction()
 
     def export_jsonl(
         self,
