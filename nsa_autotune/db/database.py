@@ -11,8 +11,11 @@ from .best import best_rows
 from .compare import Values, compare_configs, compare_gpus, compare_versions
 from .counts import count_rows
 from .history import Between, check_between, history_rows, regression_rows
-from .narrow import About
+from .models import TrialRow
+from .narrow import About, trials_about, winners_about
 from .query import query_rows
+from .records import TrialRecord, WinnerRecord
+from .rows import select_trials, select_winners, trial_of, winner_of
 from .statement import Answer, ask
 from .store import TuningStore
 
@@ -176,6 +179,22 @@ class TuningDatabase:
                 limit=limit,
                 current_templates=self.current_templates,
             )
+
+    def winners(
+        self, *, gpu: str = "", family: str = "", problem: Problem | None = None, policy: str = ""
+    ) -> list[WinnerRecord]:
+        """Winners as whole records, newest first."""
+        with self.store.reading() as session:
+            where = winners_about(session, About(gpu, family, problem or {}, policy))
+            return [winner_of(*row) for row in session.execute(select_winners(where))]
+
+    def trials(
+        self, *, gpu: str = "", family: str = "", problem: Problem | None = None, policy: str = ""
+    ) -> list[TrialRecord]:
+        """Measured trials as whole records, newest first."""
+        with self.store.reading() as session:
+            where = trials_about(session, About(gpu, family, problem or {}, policy))
+            return [trial_of(*row) for row in session.execute(select_trials([TrialRow.kind == "measured", *where]))]
 
     def sql(self, text: str, *, limit: int = SQL_LIMIT) -> Answer:
         """The first `limit` rows of one SELECT; InvalidInput if it would write, or is not understood."""
