@@ -19,6 +19,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 from ..errors import StoreError
 
 BUSY_TIMEOUT_MS = 30_000
+MAX_VALUE_BYTES = 64 * 2**20  # of a text in a file that is only read: it may be somebody else's
 OTHER_DATABASE = "Name another database with `--db URL` or NSA_AUTOTUNE_DB, for example sqlite:////tmp/tuning.sqlite."
 # fragments of the drivers' messages -> rule, remedy
 EXPLANATIONS = (
@@ -181,7 +182,10 @@ def _has_log(location: Location) -> bool:
 
 def _connect_read_only(location: Location, mode: str) -> sqlite3.Connection:
     uri = f"file:{quote(str(location.path))}?mode={mode}"
-    return sqlite3.connect(uri, uri=True, check_same_thread=False, timeout=BUSY_TIMEOUT_MS / 1000)
+    connection = sqlite3.connect(uri, uri=True, check_same_thread=False, timeout=BUSY_TIMEOUT_MS / 1000)
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
+    connection.execute("PRAGMA trusted_schema=OFF")
+    return connection
 
 
 def _configure(connection: Any, _entry: ConnectionPoolEntry) -> None:
