@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Iterator
@@ -80,23 +81,25 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 @st.composite
 def hostile_lines(draw: st.DrawFn) -> bytes:
     """A line that is right, or wrong in a few places."""
-    record = json.loads(json.dumps(draw(st.sampled_from(RECORDS))))
+    record = copy.deepcopy(draw(st.sampled_from(RECORDS)))
+    targets = places(record)[1:]
     for _ in range(draw(st.integers(0, 3))):
-        path = draw(st.sampled_from(places(record)[1:]))
+        *path, last = draw(st.sampled_from(targets))
         inner = record
-        for key in path[:-1]:
-            inner = inner[key]
+        for key in path:
+            inner = inner.get(key) if isinstance(inner, dict) else None
         action = draw(st.sampled_from(["put", "put", "drop", "add", "version"]))
         if action == "version":
             record["schema_version"] = draw(st.sampled_from([0, 1, 2, 3, 2.0, "2", True, None, [2], 10**30]))
-        elif action == "drop":
-            del inner[path[-1]]
-        elif action == "add" and isinstance(inner, dict):
-            inner[draw(TRICKS | st.text(max_size=8))] = draw(VALUES)
-        else:
-            inner[path[-1]] = draw(VALUES)
-        if not record:
-            break
+        elif isinstance(inner, dict):
+            if action == "drop":
+                inner.pop(last, None)
+            elif action == "add":
+                inner[draw(TRICKS | st.text(max_size=8))] = copy.deepcopy(draw(VALUES))
+            else:
+                inner[last] = copy.deepcopy(draw(VALUES))
+        elif isinstance(inner, list):
+            inner[:1] = [copy.deepcopy(draw(VALUES))]
     return spoilt(draw, dump(record))
 
 
