@@ -243,6 +243,7 @@ def _is_raced_here(session: Session, winner: WinnerRecord) -> bool:
 
 def _evidence(session: Session, values: Mapping[str, object]) -> int | None:
     """The newest good measurement of the winner's variant, a final one preferred; None if it was measured elsewhere."""
-    references = [getattr(TrialRow, name) == values[name] for name in ("fingerprint_id", "problem_id", "variant_id")]
+    shared = ("fingerprint_id", "problem_id", "variant_id", "policy")
+    references = [getattr(TrialRow, name) == values[name] for name in shared]
     good = select(TrialRow.id).where(*references, TrialRow.kind == "measured", TrialRow.status == "ok")
     return session.scalar(good.order_by((TrialRow.stage == "final").desc(), TrialRow.id.desc()).limit(1))
