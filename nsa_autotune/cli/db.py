@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InvalidInput
-from . import options
+from . import db_share, options
 from .console import problem_text
 from .rows import FormatOption, LimitOption, OutOption, RowFormat, check_output, give_rows, limit_of
 
@@ -31,7 +31,8 @@ LESS_IMPORTANT = [
     *("occupancy", "shared_bytes", "spill_bytes", "registers", "predicted_us", "stale"),
 ]
 
-app = typer.Typer(help="Query, export and import the tuning database.", no_args_is_help=True)
+app = typer.Typer(help="Query, share and tidy the tuning database.", no_args_is_help=True)
+db_share.register(app)
 
 
 class Table(StrEnum):
@@ -54,6 +55,13 @@ class Records(StrEnum):
 
     winners = "winners"
     all = "all"
+
+
+class FileFormat(StrEnum):
+    """How an export is written."""
+
+    jsonl = "jsonl"
+    t4 = "t4"
 
 
 @app.command("query")
@@ -107,17 +115,24 @@ def query(
 def export_records(
     path: Annotated[Path, typer.Argument(help="File of JSON lines to write.")],
     records: Annotated[
-        Records, typer.Option("--records", help="Winners only, or trials and predictions too.")
+        Records, typer.Option("--records", help="Winners only, or trials, predictions and designs too.")
     ] = Records.winners,
     gpu: Annotated[str | None, typer.Option("--gpu", help="The GPU's name, in full.")] = None,
     family: Annotated[str | None, typer.Option("--family", help="One kernel family.")] = None,
+    style: Annotated[
+        FileFormat, typer.Option("--format", help="t4: measured trials for other tools, a file for each problem.")
+    ] = FileFormat.jsonl,
     db: options.DbOption = None,
 ) -> None:
     """Write records as text that can be reviewed and imported elsewhere."""
+    from ..db.exchange import RECORD_TYPES
     from ..db.store import TuningStore
 
-    kinds = ("winner",) if records is Records.winners else ("winner", "trial")
+    kinds = ("winner",) if records is Records.winners else tuple(RECORD_TYPES)
     with TuningStore(db) as store:
+        if style is FileFormat.t4:
+            db_share.write_t4(store, path, gpu, family)
+            return
         count = store.export_jsonl(path, records=kinds, gpu=gpu, family=family)
     typer.echo(f"{path}: {count} records")
 
@@ -126,7 +141,7 @@ def export_records(
 def import_records(
     path: Annotated[Path, typer.Argument(help="File of JSON lines to read.")], db: options.DbOption = None
 ) -> None:
-    """Add the records of a file, all or none; winners tuned here are kept."""
+    """Add the records of a file, all or none; winners tuned here serve on."""
     from ..db.store import TuningStore
 
     if not path.exists() or path.is_dir():
@@ -135,7 +150,7 @@ def import_records(
         )
     with TuningStore(db) as store:
         summary = store.import_jsonl(path)
-    typer.echo(f"{path}: {summary.winners} winners, {summary.trials} trials; {summary.kept} winners here were kept")
+    db_share.print_summary(str(path), summary)
 
 
 @app.command("path")

@@ -18,7 +18,13 @@ VERDICTS = (RACED, "provisional", "confirmed", "carried")
 SOURCES = ("shipped", "imported", "local")  # a later one is never overwritten by an earlier one
 
 MAX_DEPTH = 6  # of nested JSON in a record
+MAX_ENTRIES = 1024  # of an object or a list in a record
+MAX_SAMPLES = 100_000
+MAX_TEXT_CHARS = 10_000
+MAX_INT = 2**63 - 1  # what every database and every other reader of JSON takes
+MAX_COLUMN_INT = 2**31 - 1  # of a column of its own
 MAX_SHOWN_CHARS = 120
+MAX_SHOWN_NAMES = 5
 
 
 class Rule(NamedTuple):
@@ -29,7 +35,7 @@ class Rule(NamedTuple):
 
 
 def _is_text(value: object) -> bool:
-    if not isinstance(value, str) or "\x00" in value:
+    if not isinstance(value, str) or len(value) > MAX_TEXT_CHARS or "\x00" in value:
         return False
     try:
         value.encode()
@@ -50,7 +56,11 @@ def _is_number(value: object) -> bool:
 def _is_scalar(value: object) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
-    return isinstance(value, bool | int) or _is_text(value)
+    return abs(value) <= MAX_INT if isinstance(value, int) else _is_text(value)
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, dict) and len(value) <= MAX_ENTRIES and all(map(_is_text, value))
 
 
 def _is_json(value: object, depth: int = MAX_DEPTH) -> bool:
@@ -59,14 +69,14 @@ def _is_json(value: object, depth: int = MAX_DEPTH) -> bool:
     if depth == 0:
         return False
     if isinstance(value, list | tuple):
-        return all(_is_json(item, depth - 1) for item in value)
-    return isinstance(value, dict) and all(_is_text(k) and _is_json(v, depth - 1) for k, v in value.items())
+        return len(value) <= MAX_ENTRIES and all(_is_json(item, depth - 1) for item in value)
+    return isinstance(value, dict) and _is_object(value) and all(_is_json(v, depth - 1) for v in value.values())
 
 
 def _is_fingerprint(value: object) -> bool:
     if not isinstance(value, dict) or not {"gpu", "capability"} <= value.keys():
         return False
-    return all(_is_text(k) and _is_text(v) for k, v in value.items()) and value["gpu"] != ""
+    return _is_object(value) and all(map(_is_text, value.values())) and value["gpu"] != ""
 
 
 def _is_json_object(value: object) -> bool:
@@ -88,7 +98,7 @@ def _is_utc(value: object) -> bool:
 
 
 def _is_samples(value: object) -> bool:
-    return isinstance(value, list | tuple) and all(_is_number(v) for v in value)
+    return isinstance(value, list | tuple) and len(value) <= MAX_SAMPLES and all(map(_is_number, value))
 
 
 def _is_positive(value: object) -> bool:
@@ -96,7 +106,7 @@ def _is_positive(value: object) -> bool:
 
 
 def _is_scalars(value: object) -> bool:
-    return isinstance(value, dict) and all(_is_text(k) and _is_scalar(v) for k, v in value.items())
+    return isinstance(value, dict) and _is_object(value) and all(map(_is_scalar, value.values()))
 
 
 def _or_none(rule: Rule) -> Rule:
@@ -108,20 +118,23 @@ def _one_of(values: tuple[str, ...]) -> Rule:
 
 
 def _is_rivals(value: object) -> bool:
-    return isinstance(value, list | tuple) and all(_is_rival(item) for item in value)
+    return isinstance(value, list | tuple) and len(value) <= MAX_ENTRIES and all(map(_is_rival, value))
 
 
 def _is_rival(value: object) -> bool:
     if not isinstance(value, dict) or value.keys() != {"config", "tied", "blocks", "log_ratio", "low", "high"}:
         return False
     numbers = [value[name] for name in ("log_ratio", "low", "high")]
-    finite = all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
-    counted = isinstance(value["blocks"], int) and not isinstance(value["blocks"], bool) and value["blocks"] > 0
-    return finite and counted and isinstance(value["tied"], bool) and _is_scalars(value["config"])
+    finite = all(isinstance(n, int | float) and not isinstance(n, bool) and _is_scalar(n) for n in numbers)
+    return finite and _is_count(value["blocks"]) and isinstance(value["tied"], bool) and _is_scalars(value["config"])
 
 
-TEXT = Rule("a string without NUL or lone surrogates", _is_text)
-NAME = Rule("a string that is not empty", lambda value: _is_text(value) and value != "")
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_COLUMN_INT
+
+
+TEXT = Rule(f"a string without NUL or lone surrogates of at most {MAX_TEXT_CHARS} characters", _is_text)
+NAME = Rule(f"a string of 1 to {MAX_TEXT_CHARS} characters", lambda value: _is_text(value) and value != "")
 NUMBER = Rule("a finite number, not negative", _is_number)
 POSITIVE = Rule("a finite number above 0", _is_positive)
 SHARE = Rule("a number from 0 to 1", lambda value: _is_number(value) and value <= 1)  # type: ignore[operator]
@@ -169,7 +182,7 @@ DESIGN_RULES: Mapping[str, Rule] = {
     **{name: _SHARED[name] for name in ("fingerprint", "created", "tool_version")},
     "study": _SHARED["problem"],
     "nsa": SCALARS,
-    "group_size": Rule("a whole number above 0", lambda value: isinstance(value, int) and _is_positive(value)),
+    "group_size": Rule("a whole number above 0", _is_count),
     "latency_us": POSITIVE,
     "parts": Rule(
         "an object of numbers above 0",
@@ -186,12 +199,16 @@ def check_fields(values: Mapping[str, object], rules: Mapping[str, Rule]) -> Non
     """Raise StoreError for an unknown, missing or wrong field."""
     unknown, missing = sorted(values.keys() - rules.keys()), sorted(rules.keys() - values.keys())
     if unknown:
-        raise StoreError("a record has fields that this program does not know", {"fields": unknown})
+        raise StoreError("a record has fields that this program does not know", {"fields": _first(unknown)})
     if missing:
-        raise StoreError("a record lacks fields", {"fields": missing})
+        raise StoreError("a record lacks fields", {"fields": _first(missing)})
     for name, rule in rules.items():
         if not rule.holds(values[name]):
             raise StoreError(f"{name} must be {rule.expects}", {name: shorten(values[name])})
+
+
+def _first(names: list[str]) -> list[object]:
+    return [*map(shorten, names[:MAX_SHOWN_NAMES]), *(["..."] if len(names) > MAX_SHOWN_NAMES else [])]
 
 
 def shorten(value: object) -> object:

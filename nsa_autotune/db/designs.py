@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime
 from typing import Any, Self
 
 from sqlalchemy import select
@@ -13,11 +14,12 @@ from sqlalchemy.orm import Session
 from ..config import NSAConfig
 from ..errors import InvalidConfig, StoreError
 from ..spec import digest
-from .checks import DESIGN_RULES, check_fields
+from .checks import DESIGN_RULES, KINDS, check_fields, shorten
 from .models import DesignRow, FingerprintRow
 from .records import tool_version, utc_now
 from .rows import intern_fingerprint
 
+MEASURED = KINDS[0]
 NUMBERS = ("latency_us", "mass_kept", "mass_kept_p10", "output_error", "locality")
 
 
@@ -55,7 +57,7 @@ class DesignRecord:
         try:
             NSAConfig(**self.nsa)
         except (InvalidConfig, TypeError) as error:
-            raise StoreError("nsa must be valid constants", {"nsa": self.nsa}, str(error)) from error
+            raise StoreError("nsa must be valid constants", {"nsa": shorten(self.nsa)}, str(error)) from error
         return self
 
     @property
@@ -76,6 +78,12 @@ class DesignRecord:
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`; every field must be there, of the right type, and no other."""
+        check_fields(data, DESIGN_RULES)
+        return cls(**data).check()
 
 
 OWN_FIELDS = tuple(f.name for f in fields(DesignRecord) if f.name != "fingerprint")
@@ -99,6 +107,36 @@ def insert_design(session: Session, record: DesignRecord) -> bool:
     except IntegrityError:  # another process was first
         return False
     return True
+
+
+def merge_design(session: Session, record: DesignRecord) -> bool:
+    """Add a design that was evaluated elsewhere; False if the one that is here already stands for the point.
+
+    Of two evaluations of one point the measured one stands, then the newer one, then the one of the greater digest.
+    The other is kept too, under a study of its own that names it in `set_aside`.
+    """
+    row = session.scalar(select(DesignRow).where(DesignRow.digest == record.check().digest).with_for_update())
+    if row is None:
+        return insert_design(session, record)
+    machine = session.get_one(FingerprintRow, row.fingerprint_id)
+    here = _record_of(row, machine)
+    if here == record:
+        return True
+    stands, other = sorted((here, record), key=_rank, reverse=True)
+    insert_design(session, _set_aside(other))
+    if stands is here:
+        return False
+    for name in OWN_FIELDS:
+        setattr(row, name, getattr(record, name))
+    return True
+
+
+def _rank(record: DesignRecord) -> tuple[bool, datetime, str]:
+    return record.kind == MEASURED, datetime.fromisoformat(record.created), digest(record.to_dict())
+
+
+def _set_aside(record: DesignRecord) -> DesignRecord:
+    return replace(record, study={**record.study, "set_aside": digest(record.to_dict())})
 
 
 def read_designs(session: Session, where: Mapping[str, str | None]) -> list[DesignRecord]:

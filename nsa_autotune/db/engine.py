@@ -19,6 +19,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 from ..errors import StoreError
 
 BUSY_TIMEOUT_MS = 30_000
+MAX_VALUE_BYTES = 64 * 2**20  # of a text in a file that is only read: it may be somebody else's
 OTHER_DATABASE = "Name another database with `--db URL` or NSA_AUTOTUNE_DB, for example sqlite:////tmp/tuning.sqlite."
 # fragments of the drivers' messages -> rule, remedy
 EXPLANATIONS = (
@@ -103,14 +104,14 @@ def open_read_only_engine(location: Location) -> Engine:
     """An engine that cannot write to an existing SQLite file."""
     mode = "ro"
     try:
-        with closing(_connect_read_only(location, mode)) as connection:
+        with closing(connect_read_only(location, mode)) as connection:
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     except sqlite3.OperationalError:
         if _has_log(location):
             raise  # what the log holds would be missed
         # In a read-only folder SQLite opens a WAL database only on our word that nobody changes it meanwhile.
         mode = "ro&immutable=1"
-    engine = create_engine("sqlite://", poolclass=QueuePool, creator=lambda: _connect_read_only(location, mode))
+    engine = create_engine("sqlite://", poolclass=QueuePool, creator=lambda: connect_read_only(location, mode))
     event.listen(engine, "connect", _configure)
     event.listen(engine, "begin", _begin)
     return engine
@@ -179,9 +180,13 @@ def _has_log(location: Location) -> bool:
     return log.exists() and log.stat().st_size > 0
 
 
-def _connect_read_only(location: Location, mode: str) -> sqlite3.Connection:
+def connect_read_only(location: Location, mode: str) -> sqlite3.Connection:
+    """A plain connection to a SQLite file that cannot write; `mode` as in SQLite's URIs."""
     uri = f"file:{quote(str(location.path))}?mode={mode}"
-    return sqlite3.connect(uri, uri=True, check_same_thread=False, timeout=BUSY_TIMEOUT_MS / 1000)
+    connection = sqlite3.connect(uri, uri=True, check_same_thread=False, timeout=BUSY_TIMEOUT_MS / 1000)
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
+    connection.execute("PRAGMA trusted_schema=OFF")
+    return connection
 
 
 def _configure(connection: Any, _entry: ConnectionPoolEntry) -> None:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 from .. import __version__
 from ..errors import NSAError, StoreError
 from ..spec import DEFAULT_POLICY, Problem, digest
-from .checks import RACED, TRIAL_RULES, WINNER_RULES, Rule, check_fields
+from .checks import RACED, TRIAL_RULES, WINNER_RULES, Rule, check_fields, shorten
 
 MAX_REASON_CHARS = 8000  # a compiler's whole output would swell every export
 
@@ -58,7 +58,8 @@ class _Record:
         try:
             Problem.from_dict(data["problem"])
         except (NSAError, TypeError, ValueError) as error:
-            raise StoreError("problem must be a valid problem", {"problem": data["problem"]}, str(error)) from error
+            values = {"problem": shorten(data["problem"])}
+            raise StoreError("problem must be a valid problem", values, str(error)) from error
         lists = {name: tuple(data[name]) for name in ("samples_us", "rivals") if name in data}
         return cls(**{**data, **lists})
 
@@ -159,6 +160,19 @@ class WinnerRecord(_Record):
         """Natural key: fingerprint, family, problem key, template and policy."""
         key: list[Any] = [self.fingerprint, self.family, self.problem_key, self.template_digest]
         return digest(key if self.policy == DEFAULT_POLICY else [*key, self.policy])  # as before there were policies
+
+    @property
+    def content_digest(self) -> str:
+        """Digest of all that was measured: every field but where the record came from."""
+        return digest({name: value for name, value in self.to_dict().items() if name != "source"})
+
+    def as_trial(self) -> TrialRecord:
+        """The winner's samples as a trial of a race, which outlives the winner."""
+        shared = {f.name: getattr(self, f.name) for f in fields(_Record)}
+        times = {name: getattr(self, name) for name in ("samples_us", "median_us", "p20_us", "p80_us")}
+        made = {name: getattr(self, name) for name in ("resources", "policy", "created", "tool_version")}
+        reason = f"samples of a {self.verdict} winner"
+        return TrialRecord(**shared, **times, **made, status="ok", stage="final", reason=reason)
 
     @property
     def speedup(self) -> float | None:

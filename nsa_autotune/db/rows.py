@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from datetime import datetime
 
 from sqlalchemy import ColumnElement, Select, func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from ..spec import digest
-from .checks import SOURCES
+from .checks import RACED, SOURCES
 from .models import FingerprintRow, ProblemRow, TrialRow, VariantRow, WinnerRow
 from .records import TrialRecord, WinnerRecord
 
 SHARED_FIELDS = ("fingerprint", "family", "problem", "problem_key", "config", "template_digest")
 TRIAL_FIELDS = tuple(f.name for f in fields(TrialRecord) if f.name not in SHARED_FIELDS)
 WINNER_FIELDS = tuple(f.name for f in fields(WinnerRecord) if f.name not in SHARED_FIELDS)
+VERDICT_RANK = {RACED: 0, "provisional": 1, "carried": 1, "confirmed": 2}
+RACE_STAGES = ("final", "confirm")
 
 _SHARED_FILTERS: dict[str, InstrumentedAttribute[str]] = {
     "family": ProblemRow.family,
@@ -44,26 +47,51 @@ def insert_trial(session: Session, record: TrialRecord) -> int:
     return _intern(session, TrialRow, record.check().digest, **_references(session, record), **own)
 
 
-def upsert_winner(session: Session, record: WinnerRecord, origin: str = "") -> bool:
-    """Store a winner under its natural key; False if one of a higher source stands there (local, imported, shipped)."""
+def upsert_winner(session: Session, record: WinnerRecord, origin: str = "", *, merging: bool = False) -> bool:
+    """Store a winner under its natural key; False if the one that stands there serves on.
+
+    A decision made here replaces every winner that is not of a higher source (local, imported, shipped). While merging
+    `serving_rank` decides, so that the order of merges does not matter. No measurement is lost: the samples of the one
+    that gives way stay as a trial; where two meet in a merge, so do those of both.
+    """
     record.check()
     values = {name: getattr(record, name) for name in WINNER_FIELDS}
     values |= _references(session, record)
     values |= {"samples_us": list(record.samples_us), "rivals": list(record.rivals), "origin": origin}
-    values["trial_id"] = _evidence(session, values)
     found = session.scalar(select(WinnerRow).where(WinnerRow.digest == record.digest).with_for_update())
     if found is None:
         try:
             with session.begin_nested():
-                session.add(WinnerRow(digest=record.digest, **values))
+                session.add(WinnerRow(digest=record.digest, trial_id=_evidence(session, values), **values))
             return True
         except IntegrityError:  # another process was first
             found = session.scalars(select(WinnerRow).where(WinnerRow.digest == record.digest).with_for_update()).one()
-    if SOURCES.index(found.source) > SOURCES.index(record.source):
-        return False
-    for name, value in values.items():
-        setattr(found, name, value)
-    return True
+    here = _winner_of_row(session, found)
+    if merging:
+        serves = serving_rank(record) >= serving_rank(here)
+        kept = [] if record.content_digest == here.content_digest else [here, record]
+    else:
+        serves = SOURCES.index(found.source) <= SOURCES.index(record.source)
+        loser, row_origin = (here, found.origin) if serves else (record, origin)
+        kept = [] if row_origin or _is_raced_here(session, loser) else [loser]
+    for winner in kept:
+        insert_trial(session, winner.as_trial())
+    if serves:
+        for name, value in {**values, "trial_id": _evidence(session, values)}.items():
+            setattr(found, name, value)
+    return serves
+
+
+def serving_rank(record: WinnerRecord) -> tuple[int, int, datetime, str]:
+    """Of two winners of one key the greater serves: source, then verdict, then the newer, then the greater digest."""
+    source, verdict = SOURCES.index(record.source), VERDICT_RANK[record.verdict]
+    return source, verdict, datetime.fromisoformat(record.created), record.content_digest
+
+
+def stored_winner(session: Session, digest: str) -> WinnerRecord | None:
+    """The winner of a natural key."""
+    row = session.scalar(select(WinnerRow).where(WinnerRow.digest == digest))
+    return None if row is None else _winner_of_row(session, row)
 
 
 def read_trials(session: Session, where: Mapping[str, str | None], limit: int | None = None) -> list[TrialRecord]:
@@ -199,8 +227,23 @@ def _intern(
     return row.id
 
 
+def _winner_of_row(session: Session, row: WinnerRow) -> WinnerRecord:
+    machine, problem = session.get_one(FingerprintRow, row.fingerprint_id), session.get_one(ProblemRow, row.problem_id)
+    return winner_of(row, machine, problem, session.get_one(VariantRow, row.variant_id))
+
+
+def _is_raced_here(session: Session, winner: WinnerRecord) -> bool:
+    """True if a race of the winner's config is stored; a carried winner's stands under the versions it came from."""
+    if winner.verdict == "carried":
+        return True
+    references = [getattr(TrialRow, name) == value for name, value in _references(session, winner).items()]
+    good = (TrialRow.status == "ok", TrialRow.stage.in_(RACE_STAGES), TrialRow.policy == winner.policy)
+    return session.scalar(select(TrialRow.id).where(*references, *good).limit(1)) is not None
+
+
 def _evidence(session: Session, values: Mapping[str, object]) -> int | None:
     """The newest good measurement of the winner's variant, a final one preferred; None if it was measured elsewhere."""
-    references = [getattr(TrialRow, name) == values[name] for name in ("fingerprint_id", "problem_id", "variant_id")]
+    shared = ("fingerprint_id", "problem_id", "variant_id", "policy")
+    references = [getattr(TrialRow, name) == values[name] for name in shared]
     good = select(TrialRow.id).where(*references, TrialRow.kind == "measured", TrialRow.status == "ok")
     return session.scalar(good.order_by((TrialRow.stage == "final").desc(), TrialRow.id.desc()).limit(1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import logging
 import threading
@@ -26,8 +25,9 @@ from .engine import (
     parse_location,
     store_errors,
 )
-from .exchange import RECORD_TYPES, ImportSummary, format_lines, parse_lines, write_atomically
+from .exchange import RECORD_TYPES, Record, format_lines, parse_lines, write_atomically
 from .known import KnownWinner, read_known
+from .merge import ImportSummary, add_records, merge_file, merge_store
 from .migrate import ensure_schema, lock_setup
 from .models import ShippedFileRow, WinnerRow
 from .paths import chosen_url, shipped_files
@@ -45,16 +45,18 @@ class TuningStore:
 
     Every write is one transaction: it is there whole or not at all. Several processes may write at once; threads of
     one process may share a store; a forked child must open its own. Every method raises StoreError when the database
-    is damaged, busy for 30 seconds, full or read-only. An existing file that may not be written is opened for reading.
+    is damaged, busy for 30 seconds, full or read-only. An existing file that may not be written is opened for reading,
+    and so is every database with `read_only`.
     """
 
-    def __init__(self, url: str | None = None, *, import_shipped: bool = True) -> None:
+    def __init__(self, url: str | None = None, *, import_shipped: bool = True, read_only: bool = False) -> None:
         self.location = parse_location(chosen_url(url))
-        self.read_only = is_read_only(self.location)
+        self.read_only = read_only or is_read_only(self.location)
         self._lock = threading.RLock()
         self._closed = False
         with store_errors(self.location):
-            self._engine = (open_read_only_engine if self.read_only else open_engine)(self.location)
+            never_writes = self.read_only and self.location.path is not None
+            self._engine = (open_read_only_engine if never_writes else open_engine)(self.location)
             try:
                 ensure_schema(self._engine, self.location, read_only=self.read_only)
                 if import_shipped:
@@ -216,34 +218,47 @@ class TuningStore:
         self,
         path: str | Path,
         *,
-        records: Sequence[str] = ("winner", "trial"),
+        records: Sequence[str] = tuple(RECORD_TYPES),
         gpu: str | None = None,
         family: str | None = None,
     ) -> int:
-        """Write records, predictions included, as JSON lines, atomically; return their number."""
+        """Write records, predictions included, as JSON lines, atomically; return their number.
+
+        A design has no family: `family` leaves all of them out.
+        """
         if unknown := sorted(set(records) - RECORD_TYPES.keys()):
             raise UnknownName(f"records must be of {', '.join(RECORD_TYPES)}", {"records": unknown})
-        found: list[TrialRecord | WinnerRecord] = []
+        found: list[Record] = []
         with self._transaction() as session:
             if "winner" in records:
                 found += read_winners(session, {"gpu": gpu, "family": family})
             if "trial" in records:
                 found += read_trials(session, {"gpu": gpu, "family": family})
+            if "design" in records and family is None:
+                found += [d for d in read_designs(session, {}) if gpu in (None, d.fingerprint["gpu"])]
         write_atomically(Path(path), format_lines(found))
         return len(found)
 
     def import_jsonl(self, path: str | Path, *, source: str | None = "imported") -> ImportSummary:
-        """Add all records of a file, or none; StoreError names a bad line.
+        """Add all records of a file, or none; StoreError names a bad line. `merge` has the rules.
 
         Winners get `source`; None keeps what the file says, to restore a copy of one's own database.
         """
-        try:
-            content = Path(path).read_bytes()
-        except OSError as error:
-            raise StoreError("the file cannot be read", {"path": str(path), "message": str(error)}) from error
-        parsed = parse_lines(content, str(path))
-        with self._transaction(write=True) as session:
-            return _add_records(session, parsed, source)
+        return merge_file(self, Path(path), source)
+
+    def merge(self, other: TuningStore | Path, *, source: str | None = "imported") -> ImportSummary:
+        """Add all records of another store or export, or none: the same result in any order and however often.
+
+        Winners get `source`; None keeps their own, where both databases are one's own. Its shipped winners stay out.
+        Two winners of one key keep both measurements, and `rows.serving_rank` says which serves.
+        """
+        if isinstance(other, Path):
+            return merge_file(self, other, source, skip_shipped=True)
+        return merge_store(self, other, source)
+
+    def transaction(self, *, write: bool = False) -> AbstractContextManager[Session]:
+        """One transaction for other modules of db, with errors as StoreError."""
+        return self._transaction(write=write)
 
     def _import_shipped(self) -> None:
         files = shipped_files()
@@ -261,7 +276,8 @@ class TuningStore:
             for name in changed:
                 # what a newer file no longer holds was withdrawn
                 session.execute(delete(WinnerRow).where(WinnerRow.source == "shipped", WinnerRow.origin == name))
-                _add_records(session, parse_lines(files[name], name), "shipped", origin=name)
+                records = sorted(parse_lines(files[name], name), key=lambda record: isinstance(record, WinnerRecord))
+                add_records(session, records, "shipped", origin=name)
                 session.merge(ShippedFileRow(name=name, sha256=digests[name]))
 
     @contextmanager
@@ -273,21 +289,3 @@ class TuningStore:
         engine = for_writing(self._engine) if write else self._engine
         with self._lock, store_errors(self.location), Session(engine) as session, session.begin():
             yield session
-
-
-def _add_records(
-    session: Session, records: Sequence[TrialRecord | WinnerRecord], source: str | None, origin: str = ""
-) -> ImportSummary:
-    stored = kept = trials = 0
-    # trials first: winners refer to them
-    for record in sorted(records, key=lambda record: isinstance(record, WinnerRecord)):
-        if isinstance(record, TrialRecord):
-            insert_trial(session, record)
-            trials += 1
-            continue
-        winner = record if source is None else dataclasses.replace(record, source=source)
-        if upsert_winner(session, winner, origin):
-            stored += 1
-        else:
-            kept += 1
-    return ImportSummary(stored, kept, trials)

@@ -9,7 +9,7 @@ from typing import Protocol
 from ..bench.result import TrialResult
 from ..codegen.render import template_digest
 from ..db.checks import RACED
-from ..db.records import TrialRecord, WinnerRecord
+from ..db.records import WinnerRecord
 from ..db.store import TuningStore
 from ..spec import DEFAULT_POLICY, Config, KernelSpec, Problem, canonical_json
 from .cells import RACES, Cell, Missing, Row, Table, build_table
@@ -150,48 +150,13 @@ def covering_winners(cover: Cover) -> tuple[list[tuple[Row, WinnerRecord]], int]
 def apply_cover(store: TuningStore, cover: Cover) -> tuple[int, int]:
     """Store the cover's configs as winners; numbers of winners that changed and that were kept for want of samples.
 
-    A winner that gives way leaves its samples as a trial, so that the next cover still compares with it.
+    A winner that gives way leaves its samples as a trial (`rows.upsert_winner`), with which the next cover compares.
     """
     found, kept = covering_winners(cover)
     changed = 0
     for row, winner in found:
         if winner is row.winner:
             continue
-        if row.cells[row.own_key].trial is None and not _has_race(store, row.winner):
-            store.add_trial(_as_trial(row.winner))
         store.set_winner(winner)
         changed += 1
     return changed, kept
-
-
-def _has_race(store: TuningStore, winner: WinnerRecord) -> bool:
-    stored = store.trials(
-        family=winner.family,
-        fingerprint_digest=winner.fingerprint_digest,
-        problem_key=winner.problem_key,
-        template_digest=winner.template_digest,
-        policy=winner.policy,
-    )
-    own = config_key(winner.config)
-    return any(t.stage in RACES and t.problem == winner.problem and config_key(t.config) == own for t in stored)
-
-
-def _as_trial(winner: WinnerRecord) -> TrialRecord:
-    return TrialRecord(
-        fingerprint=winner.fingerprint,
-        family=winner.family,
-        problem=winner.problem,
-        problem_key=winner.problem_key,
-        config=winner.config,
-        template_digest=winner.template_digest,
-        status="ok",
-        samples_us=winner.samples_us,
-        median_us=winner.median_us,
-        p20_us=winner.p20_us,
-        p80_us=winner.p80_us,
-        stage=RACE_STAGE,
-        resources=winner.resources,
-        policy=winner.policy,
-        created=winner.created,
-        tool_version=winner.tool_version,
-    )

@@ -13,7 +13,8 @@ import pytest
 from nsa_autotune.config import NSAConfig
 from nsa_autotune.db import TrialRecord, TuningStore, WinnerRecord
 from nsa_autotune.db.checks import TRIAL_RULES, WINNER_RULES
-from nsa_autotune.db.exchange import MAX_LINE_BYTES, ImportSummary, format_line
+from nsa_autotune.db.exchange import MAX_LINE_BYTES, format_line
+from nsa_autotune.db.merge import ImportSummary
 from nsa_autotune.errors import StoreError, UnknownName
 from nsa_autotune.spec import Problem, canonical_json
 

@@ -195,26 +195,46 @@ def test_failed_migration_leaves_no_tables(tmp_path: Path, monkeypatch: pytest.M
 DATABASES = Path(__file__).parent / "databases"  # <revision>.sql and .jsonl, as the program of that time wrote them
 
 
-@pytest.mark.parametrize("revision", ["0001"])
-def test_a_database_of_an_earlier_schema_migrates_after_a_copy(tmp_path: Path, revision: str) -> None:
-    path = tmp_path / "old.sqlite"
+# revision -> what it knew of its winner: verdict, policy, number of rivals; and of its trials' environment
+EARLIER = {
+    "0001": ("raced", "eager-cold", 0, None),
+    "0002": ("confirmed", "graph-warm", 1, {"sm_mhz": 1980}),
+    "0003": ("confirmed", "graph-warm", 1, {"sm_mhz": 1980}),
+}
+
+
+def restore(path: Path, revision: str) -> None:
     with closing(sqlite3.connect(path)) as old:
         old.executescript((DATABASES / f"{revision}.sql").read_text())
+
+
+@pytest.mark.parametrize("revision", EARLIER)
+def test_a_database_of_an_earlier_schema_migrates_after_a_copy(tmp_path: Path, revision: str) -> None:
+    path = tmp_path / "old.sqlite"
+    restore(path, revision)
     with TuningStore(f"sqlite:///{path}", import_shipped=False) as store:
-        (winner,), trials = store.winners(), store.trials()
-        assert (winner.median_us, winner.verdict, winner.policy, winner.rivals) == (11.0, "raced", "eager-cold", ())
-        assert {(t.status, t.samples_us, t.environment) for t in trials} == {
-            ("ok", (10.0, 11.0, 12.0), None),
-            ("crash", (), None),
+        (winner,), trials, designs = store.winners(), store.trials(), store.designs()
+        verdict, policy, rivals, environment = EARLIER[revision]
+        assert (winner.median_us, winner.verdict, winner.policy, len(winner.rivals)) == (11.0, verdict, policy, rivals)
+        assert {(t.status, t.samples_us, str(t.environment)) for t in trials} == {
+            ("ok", (10.0, 11.0, 12.0), str(environment)),
+            ("crash", (), "None"),
         }
+        assert [d.latency_us for d in designs] == ([30.0] if revision >= "0003" else [])
         # the names of records outlive the schema: what was stored and exported then is the same record now
         store.import_jsonl(DATABASES / f"{revision}.jsonl")
         assert len(store.trials()) == 2 and store.winners() == [winner]
     copy = tmp_path / f"old.sqlite.{revision}.bak"
-    with closing(sqlite3.connect(copy)) as kept:
-        assert kept.execute("SELECT version_num FROM nsa_alembic_version").fetchall() == [(revision,)]
-        assert kept.execute("SELECT count(*) FROM nsa_trials").fetchone() == (2,)
-    assert sorted(p.name for p in tmp_path.glob("*.bak*")) == [copy.name]
+    if revision != migrate.head_revision():
+        with closing(sqlite3.connect(copy)) as kept:
+            assert kept.execute("SELECT version_num FROM nsa_alembic_version").fetchall() == [(revision,)]
+            assert kept.execute("SELECT count(*) FROM nsa_trials").fetchone() == (2,)
+    assert [p.name for p in tmp_path.glob("*.bak*")] == [copy.name] * (revision != migrate.head_revision())
+
+
+def test_every_schema_so_far_has_a_database_here() -> None:
+    known = {path.stem[:4] for path in (migrate.MIGRATIONS / "versions").glob("[0-9]*.py")}
+    assert known - {migrate.head_revision()} <= EARLIER.keys() == {path.stem for path in DATABASES.glob("*.sql")}
 
 
 def test_tables_of_other_programs_stay(tmp_path: Path) -> None:

@@ -1,0 +1,194 @@
+"""`nsa-autotune db merge`, `prune` and `verify`: what others measured, what nobody needs, what may be trusted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import InvalidInput, NSAError
+from . import options
+from .console import make_table, output
+
+if TYPE_CHECKING:
+    from ..db.merge import ImportSummary
+    from ..db.prune import Pruned
+    from ..db.records import WinnerRecord
+    from ..db.store import TuningStore
+
+EXIT_FINDINGS = 1
+MAX_PRINTED = 20  # conflicts or findings
+UNITS_H = {"h": 1, "d": 24, "w": 168}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("merge")(merge)
+    app.command("prune")(prune)
+    app.command("verify")(verify)
+
+
+def merge(
+    other: Annotated[str, typer.Argument(help="A SQLite file, a database URL, or a file of JSON lines.")],
+    own: Annotated[
+        bool, typer.Option("--own", help="It is yours: its local winners count as local, not as imported.")
+    ] = False,
+    db: options.DbOption = None,
+) -> None:
+    """Add what another database measured, all or nothing; the order of merges does not matter.
+
+    Of two winners for one problem, GPU and template the local one serves, then the confirmed one, then the newer one;
+    the samples of both stay as trials. The other database is only read.
+    """
+    from ..db.foreign import open_foreign
+    from ..db.store import TuningStore
+
+    source = None if own else "imported"
+    with TuningStore(db) as store:
+        if "://" not in other and other.endswith((".jsonl", ".json")):
+            summary = store.merge(_existing(other), source=source)
+        else:
+            url = other if "://" in other else f"sqlite:///{_existing(other).absolute()}"
+            with open_foreign(url) as theirs:
+                summary = store.merge(theirs, source=source)
+    print_summary(other, summary)
+
+
+def prune(
+    older_than: Annotated[
+        str | None, typer.Option("--older-than", help="An age such as 90d, 12h or 8w, or a date such as 2026-01-31.")
+    ] = None,
+    stale: Annotated[
+        bool, typer.Option("--stale", help="Measured with another template than the present one.")
+    ] = False,
+    failed: Annotated[
+        bool,
+        typer.Option("--failed", help="Failures; crashes and hangs of present templates stay: they keep configs out."),
+    ] = False,
+    predicted: Annotated[bool, typer.Option("--predicted", help="Predictions in the place of measurements.")] = False,
+    family: Annotated[str | None, typer.Option("--family", help="One kernel family.")] = None,
+    template: Annotated[str | None, typer.Option("--template", help="The digest of a template.")] = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", help="The GPU's name, in full.")] = None,
+    fingerprint: Annotated[
+        str | None, typer.Option("--fingerprint", help="The digest of a GPU with its software.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count only.")] = False,
+    db: options.DbOption = None,
+) -> None:
+    """Delete trials for which every condition holds; winners and what they rest on always stay."""
+    from ..db import prune as pruning
+    from ..db.store import TuningStore
+
+    before = None if older_than is None else parse_age(older_than, datetime.now(UTC))
+    asked = pruning.Pruning(before, stale, failed, predicted, family, template, gpu, fingerprint)
+    with TuningStore(db) as store:
+        found = pruning.prune(store, asked, _current_templates(), dry_run=dry_run)
+    _print_pruned(found, dry_run)
+
+
+def verify(db: options.DbOption = None) -> None:
+    """Check pages, references, digests and every field; exit code 1 if anything is not as it should be."""
+    from ..db.store import TuningStore
+    from ..db.verify import verify as findings_of
+
+    with TuningStore(db, import_shipped=False, read_only=True) as store:
+        findings = list(findings_of(store, _judge(_current_templates())))
+        place = str(store.location)
+    if not findings:
+        typer.echo(f"{place}: every row, reference and shipped file is as it should be")
+        return
+    rows = [(finding.where, finding.fault) for finding in findings[:MAX_PRINTED]]
+    output().print(make_table(f"{place}: {len(findings)} findings", ["where", "what"], rows))
+    raise typer.Exit(EXIT_FINDINGS)
+
+
+def print_summary(name: str, summary: ImportSummary) -> None:
+    """What an import or merge brought, and for each conflict which winner serves."""
+    left_out = f"; {summary.shipped} shipped winners left out" if summary.shipped else ""
+    typer.echo(
+        f"{name}: {summary.winners} winners, {summary.trials} trials, {summary.designs} designs; "
+        f"{summary.kept} winners here were kept{left_out}"
+    )
+    if not summary.conflicts:
+        return
+    rows = [
+        (c.gpu, c.family, c.problem_key, f"{c.here_us:.4g}", f"{c.came_us:.4g}", "came" if c.came_serves else "here")
+        for c in summary.conflicts[:MAX_PRINTED]
+    ]
+    columns = ["gpu", "family", "problem", "here us", "came us", "serves"]
+    title = f"two winners for one problem: {len(summary.conflicts)}; both measurements are kept"
+    output().print(make_table(title, columns, rows, ["here us", "came us"], ["gpu"]))
+
+
+def write_t4(store: TuningStore, path: Path, gpu: str | None, family: str | None) -> None:
+    """Write measured trials in the T4 format and name the files."""
+    from ..db.t4 import export_t4
+
+    for written in export_t4(store.trials(gpu=gpu, family=family, provider="template"), path):
+        typer.echo(str(written))
+
+
+def parse_age(text: str, now: datetime) -> str:
+    """The time, ISO 8601 in UTC, that lies an age such as 90d before `now`, or the beginning of a date."""
+    match = re.fullmatch(r"(\d{1,4})([hdw])", text)
+    if match is not None:
+        moment = now - timedelta(hours=int(match[1]) * UNITS_H[match[2]])
+        return moment.isoformat(timespec="microseconds")
+    try:
+        return datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC).isoformat(timespec="microseconds")
+    except ValueError as error:
+        raise InvalidInput(
+            "an age is a number of h, d or w, or a date", {"--older-than": text}, "Write 90d."
+        ) from error
+
+
+def _existing(name: str) -> Path:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise InvalidInput(
+            "there is no such file",
+            {"path": name},
+            "Name a SQLite file, an export, or a URL such as sqlite:///x.sqlite.",
+        )
+    return path
+
+
+def _current_templates() -> dict[str, str]:
+    from ..codegen.render import template_digest
+    from ..kernels import all_specs
+
+    return {family: template_digest(spec) for family, spec in all_specs().items()}
+
+
+def _judge(current: dict[str, str]) -> Callable[[WinnerRecord], str]:
+    from ..kernels import all_specs
+    from ..spec import Problem
+
+    specs = all_specs()
+
+    def judge(winner: WinnerRecord) -> str:
+        """What the spec says against a winner of the present template; older ones are stale and not served."""
+        if current.get(winner.family) != winner.template_digest:
+            return ""
+        spec, problem = specs[winner.family], Problem.from_dict(winner.problem)
+        try:
+            spec.check_problem(problem)
+            spec.check_config(problem, winner.config)
+        except NSAError as error:
+            return str(error)
+        right = spec.problem_key(problem) == winner.problem_key
+        return "" if right else f"the problem's key is {spec.problem_key(problem)}"
+
+    return judge
+
+
+def _print_pruned(found: Pruned, dry_run: bool) -> None:
+    rows = [(family, status, count) for (family, status), count in found.trials.items()]
+    verb = "would go" if dry_run else "are gone"
+    if rows:
+        output().print(make_table(f"trials that {verb}", ["family", "status", "trials"], rows, ["trials"]))
+    typer.echo(f"{found.total} trials {verb}; {found.kept} more meet the conditions and stay: winners rest on them")

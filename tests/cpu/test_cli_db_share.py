@@ -1,0 +1,160 @@
+"""`db merge`, `prune`, `verify` and the T4 export as a user types them."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from nsa_autotune.cli import db_share
+from nsa_autotune.cli.app import main
+from nsa_autotune.codegen.render import template_digest
+from nsa_autotune.db import TrialRecord, TuningStore, WinnerRecord
+from nsa_autotune.errors import InvalidInput
+from nsa_autotune.kernels import get_spec
+from nsa_autotune.spec import Problem
+
+FINGERPRINT = {"gpu": "Test GPU", "capability": "9.0", "driver": "1", "cuda": "13.0", "torch": "2.11", "triton": "3.6"}
+SPEC = get_spec("win_attn_fwd")
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def nothing_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nsa_autotune.db.store.shipped_files", dict)
+    monkeypatch.setattr("nsa_autotune.db.verify.shipped_files", dict)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: str) -> tuple[int, str, str]:
+        code = main(arguments)
+        captured = capsys.readouterr()
+        return code, " ".join(captured.out.split()), " ".join(captured.err.split())
+
+    return call
+
+
+def make_winner(median_us: float = 120.0, **changes: object) -> WinnerRecord:
+    problem = Problem()
+    record = WinnerRecord(
+        fingerprint=FINGERPRINT,
+        family=SPEC.family,
+        problem=problem.to_dict(),
+        problem_key=SPEC.problem_key(problem),
+        config=SPEC.default_config(problem),
+        template_digest=template_digest(SPEC),
+        median_us=median_us,
+        p20_us=median_us,
+        p80_us=median_us,
+        samples_us=(median_us,),
+    )
+    return replace(record, **changes)
+
+
+def make_trial(**changes: object) -> TrialRecord:
+    return replace(make_winner().as_trial(), stage="search", **changes)
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> str:
+    return database(tmp_path / "here.sqlite", make_winner(120.0))
+
+
+def database(path: Path, *records: WinnerRecord | TrialRecord) -> str:
+    with TuningStore(f"sqlite:///{path}", import_shipped=False) as store:
+        for record in records:
+            if isinstance(record, WinnerRecord):
+                store.set_winner(record)
+            else:
+                store.add_trial(record)
+    return f"sqlite:///{path}"
+
+
+def test_merge_says_which_winner_serves(run: Run, here: str, tmp_path: Path) -> None:
+    other = tmp_path / "other.sqlite"
+    database(other, make_winner(100.0, verdict="confirmed"), make_winner(5.0, template_digest="t2"), make_trial())
+    code, out, err = run("db", "merge", str(other), "--db", here)
+    assert (code, err) == (0, "")
+    assert "1 winners, 1 trials, 0 designs; 1 winners here were kept" in out
+    assert "both measurements are kept" in out and "120 100 here" in out
+    code, out, _ = run("db", "merge", f"sqlite:///{other}", "--own", "--db", here)
+    assert code == 0 and "came" in out.split()
+    with TuningStore(here) as store:
+        assert {(w.median_us, w.source) for w in store.winners()} == {(100.0, "local"), (5.0, "local")}
+        assert {t.median_us for t in store.trials(stage="final")} == {100.0, 120.0}
+
+
+def test_merge_takes_an_export(run: Run, here: str, tmp_path: Path) -> None:
+    export = tmp_path / "all.jsonl"
+    assert run("db", "export", str(export), "--records", "all", "--db", here)[0] == 0
+    fresh = f"sqlite:///{tmp_path}/fresh.sqlite"
+    code, out, _ = run("db", "merge", str(export), "--db", fresh)
+    assert code == 0 and "1 winners" in out
+    export.write_text(export.read_text().replace('"median_us":120.0', '"median_us":NaN'))
+    code, out, err = run("db", "merge", str(export), "--db", fresh)
+    assert code == 2 and "line 1" in err and "NaN is not JSON" in err and "Nothing was imported" in err
+
+
+def test_merge_of_nothing(run: Run, here: str, tmp_path: Path) -> None:
+    code, _, err = run("db", "merge", str(tmp_path / "none.sqlite"), "--db", here)
+    assert code == 2 and "no such file" in err
+    assert not (tmp_path / "none.sqlite").exists()
+    code, _, err = run("db", "merge", f"sqlite:///{tmp_path}/none.sqlite", "--db", here)
+    assert code == 2 and "no such database" in err
+
+
+def test_prune_counts_first(run: Run, here: str, tmp_path: Path) -> None:
+    config = {**make_winner().config, "num_warps": 1}
+    database(tmp_path / "here.sqlite", make_trial(), make_trial(config=config, created="2024-01-01T00:00:00+00:00"))
+    asked = ("db", "prune", "--older-than", "2025-01-01", "--db", here)
+    code, out, _ = run(*asked, "--dry-run")
+    assert code == 0 and "1 trials would go" in out and "win_attn_fwd ok 1" in out
+    assert run(*asked)[1].endswith("1 trials are gone; 0 more meet the conditions and stay: winners rest on them")
+    assert "0 trials would go; 1 more" in run("db", "prune", "--family", SPEC.family, "--dry-run", "--db", here)[1]
+    code, _, err = run("db", "prune", "--db", here)
+    assert code == 2 and "needs a condition" in err
+
+
+def test_verify_tells_by_its_exit_code(run: Run, here: str, tmp_path: Path) -> None:
+    code, out, _ = run("db", "verify", "--db", here)
+    assert code == 0 and "as it should be" in out
+    illegal = make_winner(template_digest=template_digest(SPEC), config={**make_winner().config, "num_warps": 3})
+    misplaced = make_winner(problem_key='{"seq_k":1}')
+    database(tmp_path / "here.sqlite", illegal, misplaced, make_winner(template_digest="t0", config={"old": 1}))
+    code, out, _ = run("db", "verify", "--db", here)
+    assert code == 1 and "2 findings" in out and "num_warps=3" in out and "the problem's key is" in out
+    with closing(sqlite3.connect(tmp_path / "here.sqlite")) as plain:
+        plain.execute("UPDATE nsa_winners SET median_us = -1")
+        plain.commit()
+    code, out, _ = run("db", "verify", "--db", here)
+    assert code == 1 and "3 findings" in out and "median_us must be" in out
+    code, _, err = run("db", "verify", "--db", f"sqlite:///{tmp_path}/none.sqlite")
+    assert code == 2 and "cannot be opened" in err and not (tmp_path / "none.sqlite").exists()
+
+
+def test_export_in_t4(run: Run, here: str, tmp_path: Path) -> None:
+    database(tmp_path / "here.sqlite", make_trial())
+    path = tmp_path / "t4.json"
+    code, out, _ = run("db", "export", str(path), "--format", "t4", "--db", here)
+    assert (code, out) == (0, str(path))
+    (result,) = json.loads(path.read_text())["results"]
+    assert result["configuration"] == make_winner().config and result["times"]["runtimes"] == [0.12]
+
+
+def test_ages() -> None:
+    now = datetime(2026, 3, 10, 12, tzinfo=UTC)
+    assert db_share.parse_age("3d", now) == "2026-03-07T12:00:00.000000+00:00"
+    assert db_share.parse_age("36h", now) == "2026-03-09T00:00:00.000000+00:00"
+    assert db_share.parse_age("1w", now) == "2026-03-03T12:00:00.000000+00:00"
+    assert db_share.parse_age("2026-01-31", now) == "2026-01-31T00:00:00.000000+00:00"
+    for wrong in ("", "3", "3y", "-3d", "yesterday", "99999w"):
+        with pytest.raises(InvalidInput, match="Write 90d"):
+            db_share.parse_age(wrong, now)
