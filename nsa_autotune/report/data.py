@@ -235,7 +235,7 @@ def library_speedups(rows: Iterable[WinnerRow]) -> tuple[Speedup, ...]:
     return tuple(
         Speedup(row.keys, row.shape, row.keys.family, row.library, row.median_us, row.library_us, row.created, "winner")
         for row in rows
-        if row.library_us is not None
+        if row.library and row.library_us is not None
     )
 
 

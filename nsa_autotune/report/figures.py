@@ -24,7 +24,7 @@ class Canvas:
 
     width: int = 440
     height: int = 320
-    left: int = 46
+    left: int = 62
     right: int = 430
     top: int = 12
     bottom: int = 276
@@ -81,6 +81,7 @@ class Figure:
     """One plot."""
 
     title: str
+    subtitle: str
     x_label: str
     y_label: str
     x_ticks: tuple[Tick, ...]
@@ -96,13 +97,15 @@ def speedup_figures(speedups: Iterable[Speedup]) -> tuple[Figure, ...]:
     """One figure for each GPU, library and shape of problem; in it one line for each kind of work."""
     groups: dict[tuple[str, ...], list[Speedup]] = defaultdict(list)
     for item in speedups:
-        shape = "" if item.origin == "winner" else item.shape
-        groups[item.keys.gpu, item.library, item.keys.dtype, item.keys.policy, shape].append(item)
+        one_kernel = item.origin == "winner"
+        shape = "" if one_kernel else item.shape
+        place = "single kernels" if one_kernel else ""  # after whole attention, as it sorts
+        groups[place, item.keys.gpu, item.library, item.keys.dtype, item.keys.policy, shape].append(item)
     return tuple(_speedup_figure(key, group) for key, group in sorted(groups.items()))
 
 
 def _speedup_figure(key: tuple[str, ...], group: Sequence[Speedup]) -> Figure:
-    gpu, library, dtype, policy, shape = key
+    kernels, gpu, library, dtype, policy, shape = key
     x_axis, y_axis = _lengths(group), fit_axis([1.0, *(item.ratio for item in group)], LARGE.bottom, LARGE.top)
     series: dict[str, list[Speedup]] = defaultdict(list)
     for item in sorted(group, key=lambda item: (item.keys.seq or 0, item.created)):
@@ -119,9 +122,8 @@ def _speedup_figure(key: tuple[str, ...], group: Sequence[Speedup]) -> Figure:
         ]
         legend.append(Entry(name, colour, symbol))
     return Figure(
-        title=", ".join(
-            part for part in (f"{gpu}: times faster than {library}", shape, dtype_text(dtype), policy) if part
-        ),
+        title=f"{gpu}: time of {library} over ours",
+        subtitle=", ".join(part for part in (kernels, shape, dtype_text(dtype), policy) if part),
         x_label="tokens",
         y_label="speed-up",
         x_ticks=x_axis.ticks(octaves(x_axis.low, x_axis.high), lambda value: tokens_text(int(value))),
@@ -176,16 +178,17 @@ def _roofline_figure(name: str, gpu: GpuModel, rows: Sequence[tuple[int, WinnerR
     ]
     looks = sorted({(mark.colour, mark.shape) for mark in marks})
     return Figure(
-        title=f"{name}: operations a second against operations a byte",
+        title=name,
+        subtitle=f"under the roofs of {gpu.name}: {gpu.mma_tflops:g} TFLOP/s, {gpu.hbm_tbps:g} TB/s",
         x_label="operations a byte of device memory",
         y_label="TFLOP/s",
         x_ticks=x_axis.ticks(round_values(x_axis.low, x_axis.high), lambda value: f"{value:g}"),
         y_ticks=y_axis.ticks(round_values(y_axis.low, y_axis.high), lambda value: f"{value:g}"),
         lines=tuple(_roofs(gpu, x_axis, y_axis)),
         marks=tuple(marks),
-        labels=(
-            Label(LARGE.right - 4, y_axis.at(gpu.mma_tflops) - 5, f"{gpu.name}: {gpu.mma_tflops:g} TFLOP/s"),
-            Label(LARGE.left + 8, LARGE.top + 14, f"slope: {gpu.hbm_tbps:g} TB/s", "start"),
+        labels=tuple(
+            Label(LARGE.right - 4, y_axis.at(peak) - 5, name)
+            for peak, name in ((gpu.mma_tflops, "16-bit"), (gpu.vector_tflops, "float32"))
         ),
         legend=tuple(Entry(_look_text(colour, shape), colour, shape) for colour, shape in looks),
     )
@@ -254,7 +257,8 @@ def search_figure(search: Search) -> Figure | None:
     ]
     x_ticks = tuple(Tick(x_at(number), str(number)) for number in sorted({1, (count + 1) // 2, count}))
     return Figure(
-        title=f"Best time so far: {search.keys.family}, {tokens_text(search.keys.seq or 0)} tokens, {search.shape}",
+        title=f"Best time so far: {search.keys.family}, {tokens_text(search.keys.seq or 0)} tokens",
+        subtitle=search.shape,
         x_label="trial",
         y_label="",
         x_ticks=x_ticks,

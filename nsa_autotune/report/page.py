@@ -146,7 +146,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    names = ("time_text", "tokens_text", "date_text", "dtype_text", "digits", "versions_text")
+    names = ("time_text", "tokens_text", "date_text", "dtype_text", "digits", "versions_text", "short_versions_text")
     environment.filters |= {name: getattr(text, name) for name in names}
     return environment
 

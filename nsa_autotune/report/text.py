@@ -70,6 +70,16 @@ def shape_text(problem: Problem, spec: KernelSpec | None = None) -> str:
     return ", ".join(parts)
 
 
+def short_versions_text(fingerprint: Mapping[str, str]) -> str:
+    """The two versions that matter most."""
+    found = [
+        f"{label} {fingerprint[name]}"
+        for name, label in (("torch", "torch"), ("triton", "Triton"))
+        if fingerprint.get(name)
+    ]
+    return ", ".join(found)
+
+
 def versions_text(fingerprint: Mapping[str, str], tool_version: str) -> str:
     """Software of a measurement on one line, what is unknown left out."""
     names = {"torch": "torch", "triton": "Triton", "cuda": "CUDA", "driver": "driver", "assembler": ""}
