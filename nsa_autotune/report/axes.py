@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 STEPS = (1.0, 2.0, 5.0)  # of a decade
 LABELS = 6  # at most, of an axis
+LEAST, MOST = 1e-9, 1e18  # ends of an axis: a stored number may be anything, a length in px may not
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class LogAxis:
     end: float
 
     def at(self, value: float) -> float:
-        """Where a value stands, in px; what lies beyond the ends is drawn beyond them."""
-        share = math.log(value / self.low) / math.log(self.high / self.low)
+        """Where a value stands, in px; what lies beyond the ends is drawn beyond them, but for absurd numbers."""
+        share = math.log(min(max(value, LEAST), MOST) / self.low) / math.log(self.high / self.low)
         return round(self.start + share * (self.end - self.start), 1)
 
     def ticks(self, values: Iterable[float], text: Callable[[float], str]) -> tuple[Tick, ...]:
@@ -38,8 +39,8 @@ class LogAxis:
 
 
 def fit_axis(values: Iterable[float], start: float, end: float, *, margin: float = 0.08) -> LogAxis:
-    """An axis that holds the values, with a share of its length free at both ends."""
-    found = list(values)
+    """An axis that holds the values from LEAST to MOST, with a share of its length free at both ends."""
+    found = [float(min(max(value, LEAST), MOST)) for value in values]
     low, high = min(found), max(found)
     if high < low * 1.05:  # one value, or nearly so, stands in the middle
         low, high = low / 1.2, high * 1.2

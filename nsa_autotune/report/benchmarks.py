@@ -58,7 +58,9 @@ def _speedups(row: dict[str, Any], data: dict[str, Any], origin: str) -> list[Sp
     work = str(row["work"]) if locality is None else f"{row['work']}, locality {float(locality):g}"
     created = datetime.fromisoformat(str(data["created"])).isoformat()
     return [
-        Speedup(keys, shape_text(problem), work, library, ours_us, ours_us * _positive(ratio), created, origin)
+        Speedup(
+            keys, shape_text(problem), work, library, ours_us, _positive(ours_us * _positive(ratio)), created, origin
+        )
         for library, ratio in compared.items()
     ]
 

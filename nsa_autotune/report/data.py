@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from ..db.records import TrialRecord, WinnerRecord
@@ -179,12 +180,15 @@ def rates_of(record: WinnerRecord, problem: Problem, spec: KernelSpec | None) ->
     gpu = gpu_of(record.fingerprint)
     if gpu is None or spec is None or spec.broken_constraint(problem, record.config) is not None:
         return None
-    cost = spec.cost(problem, record.config)
-    seconds = record.median_us / 1e6
+    try:
+        cost = spec.cost(problem, record.config)
+    except ArithmeticError:  # of sizes that no GPU holds
+        return None
     intensity = cost.flops / cost.bytes_moved
     roof = min(peak_tflops(gpu, problem.dtype), intensity * gpu.hbm_tbps)
-    tflops = cost.flops / seconds / 1e12
-    return Rates(tflops, cost.bytes_moved / seconds / 1e12, intensity, roof, tflops / roof)
+    tflops = cost.flops / record.median_us / 1e6
+    found = Rates(tflops, cost.bytes_moved / record.median_us / 1e6, intensity, roof, tflops / roof)
+    return found if all(map(math.isfinite, astuple(found))) else None
 
 
 def peak_tflops(gpu: GpuModel, dtype: str) -> float:
@@ -235,7 +239,7 @@ def library_speedups(rows: Iterable[WinnerRow]) -> tuple[Speedup, ...]:
     return tuple(
         Speedup(row.keys, row.shape, row.keys.family, row.library, row.median_us, row.library_us, row.created, "winner")
         for row in rows
-        if row.library and row.library_us is not None
+        if row.library and row.library_us is not None and 0 < row.library_us / row.median_us < math.inf
     )
 
 

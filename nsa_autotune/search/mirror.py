@@ -159,9 +159,11 @@ def _optuna_trial(record: TrialRecord, axes: dict[str, _Axis]) -> FrozenTrial:
 
 
 def _attributes(record: TrialRecord) -> dict[str, Any]:
-    told = {"status": record.status, "stage": record.stage, "reason": record.reason, "config": record.config}
-    spread = {"p20_us": record.p20_us, "p80_us": record.p80_us, "tool_version": record.tool_version}
-    return {name: value for name, value in {**told, **spread}.items() if value not in (None, "")}
+    """What params and value do not tell; little, for Optuna writes each with queries of its own."""
+    told = {"status": record.status, "reason": record.reason}
+    return {name: value for name, value in told.items() if value} | (
+        {"stage": record.stage} if record.stage != "search" else {}
+    )
 
 
 def _local_time(created: str) -> datetime:

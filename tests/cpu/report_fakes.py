@@ -121,16 +121,16 @@ def hostile_winner() -> WinnerRecord:
     )
 
 
-def fill(store: TuningStore) -> None:
-    """Searches of three problems, two policies, their winners, and hostile texts."""
+def fill(store: TuningStore, count: int = 60) -> None:
+    """Searches of `count` trials of three problems, two policies, their winners, and hostile texts."""
     long = Problem(seq_q=65536, seq_k=65536)
     for family, problem, policy in (
         ("win_attn_fwd", Problem(), "eager-cold"),
         ("slc_attn_fwd", long, "eager-cold"),
         ("cmp_attn_fwd", long.replace(dtype="float16"), "graph-warm"),
     ):
-        store.add_trials(search_records(family, problem, policy=policy))
+        store.add_trials(search_records(family, problem, count, policy=policy))
         store.set_winner(winner_record(family, problem, policy=policy, median_us=problem.seq_q / 5, **NO_LIBRARY))
     store.set_winner(winner_record("gate_sum_fwd", median_us=250.0, rivals=(), **NO_LIBRARY))
     store.set_winner(hostile_winner())
-    store.add_trials([replace(r, family=HOSTILE, reason=HOSTILE) for r in search_records(count=30)])
+    store.add_trials([replace(r, family=HOSTILE, reason=HOSTILE) for r in search_records(count=count // 2)])

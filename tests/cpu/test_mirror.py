@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 import sqlite3
@@ -16,41 +17,43 @@ import optuna
 import pytest
 from cpu.report_fakes import fill, search_records
 
+from nsa_autotune.cli.app import main
 from nsa_autotune.db.store import TuningStore
 from nsa_autotune.errors import InvalidInput
 from nsa_autotune.search.mirror import group_trials, importances, write_studies
 
 BEST = """
-SELECT min(t.median_us) FROM nsa_trials t JOIN nsa_problems p ON p.id = t.problem_id
+SELECT min(t.median_us), v.config
+FROM nsa_trials t JOIN nsa_problems p ON p.id = t.problem_id JOIN nsa_variants v ON v.id = t.variant_id
 WHERE t.status = 'ok' AND p.family = ? AND t.policy = ?
 """
 
 
-@pytest.fixture
-def database(tmp_path: Path) -> Path:
-    path = tmp_path / "tuning.sqlite"
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("database") / "tuning.sqlite"
     with TuningStore(f"sqlite:///{path}", import_shipped=False) as store:
-        fill(store)
+        fill(store, count=20)
     return path
 
 
-def mirror(database: Path, path: Path) -> None:
-    with TuningStore(f"sqlite:///{database}", import_shipped=False) as store:
-        write_studies(path, group_trials(store.trials()))
+@pytest.fixture(scope="module")
+def mirrored(database: Path) -> Path:
+    path = database.with_name("studies.sqlite")
+    assert main(["db", "studies", str(path), "--db", f"sqlite:///{database}"]) == 0
+    return path
 
 
-def test_each_study_has_the_best_trial_of_the_database(database: Path, tmp_path: Path) -> None:
-    path = tmp_path / "studies.sqlite"
-    mirror(database, path)
-    studies = optuna.get_all_study_names(f"sqlite:///{path}")
+def test_each_study_has_the_best_trial_of_the_database(database: Path, mirrored: Path) -> None:
+    studies = optuna.get_all_study_names(f"sqlite:///{mirrored}")
     assert len(studies) == 4
     for name in studies:
-        study = optuna.load_study(study_name=name, storage=f"sqlite:///{path}")
+        study = optuna.load_study(study_name=name, storage=f"sqlite:///{mirrored}")
         family, policy = study.user_attrs["family"], study.user_attrs["policy"]
-        (best_us,) = sqlite3.connect(database).execute(BEST, (family, policy)).fetchone()
+        best_us, config = sqlite3.connect(database).execute(BEST, (family, policy)).fetchone()
         assert study.best_value == best_us
-        assert study.best_trial.params == study.best_trial.user_attrs["config"]
-    assert not list(tmp_path.glob(".*")), "a temporary file was left"
+        assert study.best_trial.params == json.loads(config)
+    assert not list(mirrored.parent.glob(".*")), "a temporary file was left"
 
 
 def test_tile_sizes_are_ints_and_failures_are_pruned(tmp_path: Path) -> None:
@@ -93,6 +96,8 @@ def test_the_parameter_that_decides_is_the_most_important() -> None:
 
 
 def test_an_existing_file_and_an_empty_database_are_refused(tmp_path: Path) -> None:
+    db = f"sqlite:///{tmp_path / 'tuning.sqlite'}"
+    assert main(["db", "studies", str(tmp_path / "new.sqlite"), "--family", "gate_sum", "--db", db]) == 2
     taken = tmp_path / "taken.sqlite"
     taken.write_text("mine")
     with pytest.raises(InvalidInput, match="must be new"):
@@ -129,12 +134,11 @@ def free_port() -> int:
 
 
 @pytest.mark.skipif(shutil.which("optuna-dashboard") is None, reason="optuna-dashboard is not installed")
-def test_optuna_dashboard_opens_the_studies(database: Path, tmp_path: Path) -> None:
-    mirror(database, tmp_path / "studies.sqlite")
+def test_optuna_dashboard_opens_the_studies(mirrored: Path, tmp_path: Path) -> None:
     port = free_port()
     command = [
         "optuna-dashboard",
-        f"sqlite:///{tmp_path / 'studies.sqlite'}",
+        f"sqlite:///{mirrored}",
         "--host",
         "127.0.0.1",
         "--port",

@@ -144,6 +144,25 @@ def test_hostile_texts_stay_texts(filled: Report) -> None:
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
 
 
+@pytest.mark.parametrize("median_us", [1e-300, 1e300])
+def test_any_number_that_may_be_stored_makes_a_page(median_us: float) -> None:
+    records = search_records(count=40)
+    records[3], records[4] = replace(records[3], median_us=1e300), replace(records[4], median_us=1e-300)
+    huge = Problem(seq_q=1, seq_k=10**400)
+    wide = winner_record().problem | {"seq_q": 10**400, "seq_k": 10**400}
+    with TuningStore("sqlite://", import_shipped=False) as store:
+        store.add_trials(records)
+        store.set_winner(winner_record(median_us=median_us, library_median_us=1 / median_us))
+        store.set_winner(winner_record("cmp_attn_fwd", huge, median_us=median_us))
+        store.set_winner(winner_record("slc_attn_fwd", problem_key='{"x":1}', median_us=median_us))
+        store.set_winner(replace(winner_record("gate_sum_fwd"), problem=wide))
+        html = render_page(build_report(store))
+    page = Page(html)
+    assert len(page.data["winners"]) == 4 and "Infinity" not in html and "NaN," not in html
+    drawn = [str(a[name]) for _, a in page.tags for name in ("d", "x", "y", "width") if name in a]
+    assert len(drawn) > 50 and not any("nan" in text or "inf" in text for text in drawn)
+
+
 def test_the_page_needs_no_network_and_runs_one_script(filled: Report) -> None:
     page = Page(render_page(filled))
     links = [value for _, a in page.tags for name, value in a.items() if name in ("src", "href", "action", "srcset")]
