@@ -44,7 +44,7 @@ def build_report(store: TuningStore, *, gpu: str = "", benches: Sequence[Path] =
         notes.append(f"The newest {MAX_SEARCHES} of {len(groups)} searches are drawn.")
     rows = winner_rows(usable, specs, templates)
     return Report(
-        database=str(store.location),
+        database=_database_name(store),
         created=utc_now(),
         tool_version=__version__,
         winners=rows,
@@ -53,6 +53,14 @@ def build_report(store: TuningStore, *, gpu: str = "", benches: Sequence[Path] =
         gpus=known_gpus(usable),
         notes=tuple(notes),
     )
+
+
+def _database_name(store: TuningStore) -> str:
+    """Without folders, hosts and users, for pages are passed on."""
+    location = store.location
+    if location.path is not None:
+        return location.path.name
+    return f"{location.url.get_backend_name()} {location.url.database or 'in memory'}"
 
 
 def _usable(records: Iterable[Record], notes: list[str]) -> list[Record]:

@@ -1,96 +1,19 @@
-"""Figures as plain geometry, in px of a small canvas that a template writes as SVG."""
+"""The figures of the page: speed-ups by length, rooflines, searches."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ..search.roofline import GpuModel
 from .axes import LogAxis, Tick, fit_axis, octaves, round_values
-from .data import Keys, Search, Speedup, WinnerRow
+from .data import Search, Speedup, WinnerRow
+from .geometry import COLOURS, LARGE, OTHER, SHAPES, SMALL, Entry, Figure, Label, Line, Mark, path_text, stairs_text
 from .text import date_text, digits, dtype_text, time_text, tokens_text
 
-COLOURS = 8  # classes c0 to c7 of the style sheet
-SHAPES = 4  # symbols s0 to s3
-OTHER = COLOURS - 1  # grey
 BRANCHES = ("cmp", "slc", "win", "gate")  # colours of the roofline, by the beginning of a family's name
 BACKWARD_SHAPE = 1
-
-
-@dataclass(frozen=True)
-class Canvas:
-    """Size of a figure and of the frame inside it, in px."""
-
-    width: int = 440
-    height: int = 320
-    left: int = 62
-    right: int = 430
-    top: int = 12
-    bottom: int = 276
-
-
-LARGE = Canvas()
-SMALL = Canvas(width=340, height=170, left=52, right=332, top=10, bottom=136)
-
-
-@dataclass(frozen=True)
-class Mark:
-    """One measured value."""
-
-    x: float
-    y: float
-    colour: int
-    shape: int
-    keys: Keys
-    title: str
-    winner: int | None = None  # number of the row whose evidence it opens
-
-
-@dataclass(frozen=True)
-class Line:
-    """A path through values, or a roof."""
-
-    path: str
-    style: str  # class of the style sheet
-    colour: int = OTHER
-    keys: Keys | None = None  # None is always shown
-
-
-@dataclass(frozen=True)
-class Label:
-    """A text in the frame."""
-
-    x: float
-    y: float
-    text: str
-    anchor: str = "end"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One line of a legend."""
-
-    text: str
-    colour: int
-    shape: int
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One plot."""
-
-    title: str
-    subtitle: str
-    x_label: str
-    y_label: str
-    x_ticks: tuple[Tick, ...]
-    y_ticks: tuple[Tick, ...]
-    lines: tuple[Line, ...] = ()
-    marks: tuple[Mark, ...] = ()
-    labels: tuple[Label, ...] = ()
-    legend: tuple[Entry, ...] = ()
-    canvas: Canvas = LARGE
 
 
 def speedup_figures(speedups: Iterable[Speedup]) -> tuple[Figure, ...]:
@@ -107,15 +30,13 @@ def speedup_figures(speedups: Iterable[Speedup]) -> tuple[Figure, ...]:
 def _speedup_figure(key: tuple[str, ...], group: Sequence[Speedup]) -> Figure:
     kernels, gpu, library, dtype, policy, shape = key
     x_axis, y_axis = _lengths(group), fit_axis([1.0, *(item.ratio for item in group)], LARGE.bottom, LARGE.top)
-    series: dict[str, list[Speedup]] = defaultdict(list)
-    for item in sorted(group, key=lambda item: (item.keys.seq or 0, item.created)):
-        series[item.work if shape else f"{item.work}, {item.shape}"].append(item)
+    series = _series(group, bool(shape))
     lines = [Line(f"M{LARGE.left} {y_axis.at(1)}H{LARGE.right}", "even")]
     marks, legend = [], []
     for place, (name, items) in enumerate(series.items()):
         colour, symbol = place % COLOURS, place // COLOURS % SHAPES
         points = [(x_axis.at(item.keys.seq or 1), y_axis.at(item.ratio)) for item in items]
-        lines.append(Line(_path(points), "series", colour, replace(items[0].keys, seq=None)))
+        lines.append(Line(path_text(points), "series", colour, replace(items[0].keys, seq=None)))
         marks += [
             Mark(x, y, colour, symbol, item.keys, _speedup_title(item))
             for (x, y), item in zip(points, items, strict=True)
@@ -133,6 +54,19 @@ def _speedup_figure(key: tuple[str, ...], group: Sequence[Speedup]) -> Figure:
         labels=(Label(LARGE.right - 4, y_axis.at(1) - 5, "as fast"),),
         legend=tuple(legend),
     )
+
+
+def _series(group: Iterable[Speedup], one_shape: bool) -> dict[str, list[Speedup]]:
+    """What one line joins, by length; work that several files hold is told apart by the file."""
+    origins: dict[str, set[str]] = defaultdict(set)
+    found: dict[str, list[Speedup]] = defaultdict(list)
+    ordered = sorted(group, key=lambda item: (item.keys.seq or 0, item.created))
+    for item in ordered:
+        origins[item.work].add(item.origin)
+    for item in ordered:
+        name = item.work if one_shape else f"{item.work}, {item.shape}"
+        found[name if len(origins[item.work]) == 1 else f"{name} ({item.origin})"].append(item)
+    return found
 
 
 def _lengths(group: Iterable[Speedup]) -> LogAxis:
@@ -203,7 +137,7 @@ def _roofs(gpu: GpuModel, x_axis: LogAxis, y_axis: LogAxis) -> list[Line]:
         if corners[0][0] < x_axis.low:  # the slope enters through the left side
             corners[0] = (x_axis.low, min(peak, x_axis.low * gpu.hbm_tbps))
         style = "roof" if peak == gpu.mma_tflops else "roof low"
-        found.append(Line(_path([(x_axis.at(x), y_axis.at(y)) for x, y in corners if x >= x_axis.low]), style))
+        found.append(Line(path_text([(x_axis.at(x), y_axis.at(y)) for x, y in corners if x >= x_axis.low]), style))
     return found
 
 
@@ -246,7 +180,7 @@ def search_figure(search: Search) -> Figure | None:
         f"M{x_at(number)} {SMALL.bottom - 6}v6" for number, time in enumerate(search.times_us, start=1) if time is None
     )
     best = [(x_at(number), y_axis.at(time_us)) for number, time_us in search.best_so_far]
-    lines = [Line(dots, "trials"), Line(failed, "failed"), Line(_stairs(best, SMALL.right), "series", 0)]
+    lines = [Line(dots, "trials"), Line(failed, "failed"), Line(stairs_text(best, SMALL.right), "series", 0)]
     labels = []
     if search.default_us is not None:
         lines.append(Line(f"M{SMALL.left} {y_axis.at(search.default_us)}H{SMALL.right}", "even"))
@@ -273,12 +207,3 @@ def search_figure(search: Search) -> Figure | None:
 def _linear(count: int) -> Callable[[int], float]:
     width = SMALL.right - SMALL.left
     return lambda number: round(SMALL.left + width * (number - 0.5) / count, 1)
-
-
-def _path(points: Iterable[tuple[float, float]]) -> str:
-    return "M" + "L".join(f"{x} {y}" for x, y in points)
-
-
-def _stairs(points: Sequence[tuple[float, float]], end: float) -> str:
-    steps = "".join(f"H{x}V{y}" for x, y in points[1:])
-    return f"M{points[0][0]} {points[0][1]}{steps}H{end}"

@@ -18,7 +18,7 @@ from ..db.exchange import write_atomically
 from ..errors import InvalidInput
 from . import text
 from .data import Keys, Report, WinnerRow
-from .figures import SHAPES, roofline_figures, search_figure, speedup_figures
+from .figures import roofline_figures, search_figure, speedup_figures
 
 GENERATOR = "nsa-autotune report"  # stands in the page, so that only such pages are replaced
 FILE = "index.html"
@@ -66,7 +66,6 @@ def render_page(report: Report) -> str:
         "data": page_data(report),
         "place": _placer(filters),
         "generator": GENERATOR,
-        "shapes": range(SHAPES),
         "script": script,
         "style": style,
         "script_hash": _source_hash(script),

@@ -19,7 +19,7 @@ from nsa_autotune.report.axes import LogAxis, fit_axis, octaves, round_values
 from nsa_autotune.report.benchmarks import read_speedups
 from nsa_autotune.report.build import build_report
 from nsa_autotune.report.data import Report, searches, winner_rows
-from nsa_autotune.report.figures import roofline_figures, search_figure
+from nsa_autotune.report.figures import roofline_figures, search_figure, speedup_figures
 from nsa_autotune.report.page import render_page, write_page
 from nsa_autotune.report.text import digits, time_text, tokens_text
 from nsa_autotune.search.mirror import group_trials
@@ -136,6 +136,17 @@ def test_files_that_are_no_benchmarks_are_refused(tmp_path: Path, content: str, 
         read_speedups(path)
 
 
+def test_two_runs_of_one_benchmark_are_two_lines(tmp_path: Path) -> None:
+    again = tmp_path / "again.json"
+    again.write_text(FORWARD.read_text())
+    one, two = (
+        speedup_figures([s for p in paths for s in read_speedups(p)]) for paths in ([FORWARD], [FORWARD, again])
+    )
+    assert [len(figure.legend) for figure in one] == [3, 3, 3]
+    assert [len(figure.legend) for figure in two] == [6, 6, 6]
+    assert all(len(figure.lines) == 1 + len(figure.legend) for figure in (*one, *two))
+
+
 def test_hostile_texts_stay_texts(filled: Report) -> None:
     html = render_page(filled)
     page = Page(html)
@@ -192,6 +203,7 @@ def test_the_shipped_database_makes_a_small_page(tmp_path: Path) -> None:
     assert len(page.data["winners"]) == len(winners) == len([a for a in page.with_name("tr") if "data-winner" in a])
     assert sorted(row["median_us"] for row in page.data["winners"]) == sorted(w.median_us for w in winners)  # type: ignore[type-var]
     assert [path.name for path in out.iterdir()] == ["index.html"]
+    assert "x.sqlite" in page.texts and str(tmp_path) not in "".join(page.texts)
 
 
 def test_an_empty_database_says_so() -> None:
