@@ -34,7 +34,7 @@ def build_report(store: TuningStore, *, gpu: str = "", benches: Sequence[Path] =
     names = {record.fingerprint["gpu"] for record in (*winners, *trials)} | {item.keys.gpu for item in speedups}
     chosen = {name for name in names if gpu.lower() in name.lower()}
     if gpu and not chosen:
-        raise unknown_name("GPU in the database and the benchmarks", gpu, sorted(names))
+        raise unknown_name("GPU", gpu, sorted(names))
     usable = _usable([record for record in winners if record.fingerprint["gpu"] in chosen], notes)
     tried = _usable([record for record in trials if record.fingerprint["gpu"] in chosen], notes)
     specs = all_specs()

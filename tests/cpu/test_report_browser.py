@@ -139,6 +139,15 @@ def test_nothing_is_wider_than_the_window(opened: Open, size: tuple[int, int]) -
     assert js(browser, f"{wide}.filter(e => e.getBoundingClientRect().right > innerWidth).length") == 0
 
 
+def test_a_phone_shows_every_cell_and_readable_labels(opened: Open) -> None:
+    browser = opened(PHONE)
+    cells = "[...document.querySelectorAll('.table tbody td, .table tbody th')].filter(e => e.getClientRects().length)"
+    assert js(browser, f"{cells}.length") >= 5 * 12
+    assert js(browser, f"{cells}.filter(e => e.getBoundingClientRect().right > innerWidth).length") == 0
+    labels = "[...document.querySelectorAll('.plot text.tick')].map(e => e.getBoundingClientRect().height)"
+    assert min(js(browser, labels)) >= 12  # px of a line
+
+
 def test_hostile_texts_do_nothing(opened: Open) -> None:
     browser = opened()
     assert browser.title == "nsa-autotune: tuning report"
