@@ -77,5 +77,7 @@ assert y.shape == (1, 100, 64) and torch.isfinite(y).all()
 print("served one forward on the CPU")
 PY
 "$work/venv/bin/nsa-autotune" --help >/dev/null
+"$work/venv/bin/nsa-autotune" report --db "sqlite:///$work/home/report.sqlite" --out "$work/home/report"
+grep -q 'id="report-data"' "$work/home/report/index.html"
 test -z "$(ls -A "$work/empty")" || { echo "files were left in the working folder: $(ls -A "$work/empty")" >&2; exit 1; }
 echo "wheel smoke test passed"
