@@ -11,7 +11,7 @@ import typer
 
 from .. import __version__
 from ..errors import NSAError
-from . import bench, codesign, cover, db, doctor, recertify, render, replay, tune
+from . import bench, codesign, cover, db, doctor, recertify, render, replay, ship, tune
 from .console import errors
 
 EXIT_MISTAKE = 2
@@ -31,6 +31,7 @@ app.command("codesign")(codesign.codesign)
 app.command("cover")(cover.cover)
 app.command("doctor")(doctor.doctor)
 app.command("replay")(replay.replay)
+app.command("ship")(ship.ship)
 app.add_typer(db.app, name="db")
 
 
