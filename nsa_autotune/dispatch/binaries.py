@@ -45,12 +45,14 @@ class Binaries:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._index: Mapping[str, Any] | None = None
+        self._attached: set[str] = set()
         self._said: set[str] = set()
 
     def attach(self, module: ModuleType) -> None:
-        """Have the kernels of a generated module take their binaries from here, where they fit."""
-        if not (self._folder / INDEX).is_file():
+        """Have the kernels of a module take their binaries from here, where they fit."""
+        if module.__name__ in self._attached or not (self._folder / INDEX).is_file():
             return
+        self._attached.add(module.__name__)
         for name, kernel in kernels_among(vars(module)).items():
             kernel._do_compile = self._compiler(name, kernel, kernel._do_compile)
 

@@ -109,8 +109,11 @@ class ShippedKernels:
         refused = self.refusal(spec, problem, config)
         if name is None or refused is not None:
             raise refused or NotShipped("no kernel of this package serves the problem")
+        from . import probe  # which imports Triton
+
         module = _import(self._folder / KERNELS / name)
         self._binaries.attach(module)
+        self._binaries.attach(probe)
         return Variant(spec.family, module.launch, lambda error: f"{type(error).__name__}: {error} (in {name})")
 
     def _file(self, spec: KernelSpec, problem: Problem, config: Config) -> str | None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import torch
 
 from ..codegen.compile import meta_arguments, need_compiler
 from ..codegen.load import explain, load
 from ..codegen.target import Target, absent_gpu, parse_target
+from ..dispatch import binaries
 from ..dispatch.binaries import INDEX, NOT_OF_THE_CODE, identity
 from ..dispatch.triton_launch import kernels_among
 from ..errors import KernelError
@@ -32,11 +38,14 @@ def compile_binaries(kernels: Sequence[Kernel], targets: Sequence[str], report: 
     need_compiler()
     files: dict[str, bytes] = {}
     index: dict[str, str] = {}
-    for kernel in kernels:
-        whole = [_compile_for(kernel, parse_target(target), files, index, report) for target in targets]
-        if kernel.is_winner and not any(whole):
-            values = {"family": kernel.spec.family, "variant": kernel.rendered.digest, "targets": list(targets)}
-            raise KernelError("a winner must compile for a target of the package", values, "Name its architecture.")
+    with tempfile.TemporaryDirectory() as cache, _without_paths(cache):
+        for target in targets:
+            _add(compile_probe(parse_target(target)), "probe", files, index)
+        for kernel in kernels:
+            whole = [_compile_for(kernel, parse_target(target), files, index, report) for target in targets]
+            if kernel.is_winner and not any(whole):
+                values = {"family": kernel.spec.family, "variant": kernel.rendered.digest, "targets": list(targets)}
+                raise KernelError("a winner must compile for a target of the package", values, "Name its architecture.")
     import triton
 
     files[INDEX] = _json({"triton": triton.__version__, "binaries": index})
@@ -45,25 +54,61 @@ def compile_binaries(kernels: Sequence[Kernel], targets: Sequence[str], report: 
 
 def _compile_for(kernel: Kernel, goal: Target, files: dict[str, bytes], index: dict[str, str], report: Report) -> bool:
     """Add a variant's binaries for one target; False if one of its problems got none."""
-    for problem in kernel.problems:
+    for problem in dict.fromkeys(alike for each in kernel.problems for alike in alike_problems(each)):
         try:
             compiled = compile_problem(kernel, problem, goal)
             _check_fits(compiled, goal)
         except KernelError as error:
             report(f"{kernel.spec.family} {kernel.rendered.digest} for {goal.name}: {error}")
             return False
-        for name, binary in compiled.items():
-            stem = f"{kernel.spec.family}__{name}"
-            index[name] = stem
-            files |= {f"{stem}.{ending}": content for ending, content in portable(binary).items()}
+        _add(compiled, kernel.spec.family, files, index)
     return True
+
+
+def _add(compiled: dict[str, Any], family: str, files: dict[str, bytes], index: dict[str, str]) -> None:
+    for name, binary in compiled.items():
+        stem = f"{family}__{name}"
+        index[name] = stem
+        files |= {f"{stem}.{ending}": content for ending, content in portable(binary).items()}
+
+
+def compile_probe(goal: Target) -> dict[str, Any]:
+    """The two kernels on which a dispatcher tries its prepared launches, as `compile_problem`."""
+    module = _fresh_probe()
+    seen, size = _watch(module), module.ROWS * module.COLUMNS
+    x, out = (torch.empty(size, dtype=torch.float32, device="meta") for _ in range(2))
+    with absent_gpu(goal):
+        module.launch(x, out, 3.0, goal.backend == "cuda" and int(goal.arch) >= 90, warmup=True)
+    return seen
+
+
+def _fresh_probe() -> ModuleType:
+    """The probe's module once more: one that serves is left as it is."""
+    name = "nsa_autotune_generated.probe"
+    found = importlib.util.spec_from_file_location(name, Path(binaries.__file__).with_name("probe.py"))
+    if found is None or found.loader is None:
+        raise KernelError("the probe must be importable", {"module": name}, "Reinstall nsa-autotune.")
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module  # Triton looks the kernel's module up by name
+    found.loader.exec_module(module)
+    return module
+
+
+def alike_problems(problem: Problem) -> list[Problem]:
+    """The problem, also with odd lengths and several sequences: Triton compiles anew where 16 divides no more sizes."""
+    found = []
+    for fewer in (0, 1):
+        for batch in (problem.batch, max(2, problem.batch)):
+            lengths = {"seq_q": max(1, problem.seq_q - fewer), "seq_k": max(1, problem.seq_k - fewer)}
+            found.append(problem.replace(batch=batch, **lengths))
+    return list(dict.fromkeys(found))
 
 
 def compile_problem(kernel: Kernel, problem: Problem, goal: Target) -> dict[str, Any]:
     """Triton's compiled kernels of one variant for a problem's sizes, by their `identity`; raises KernelError."""
     module = load(kernel.rendered)
     seen = _watch(module)
-    with tempfile.TemporaryDirectory() as cache, _without_paths(cache), absent_gpu(goal):
+    with absent_gpu(goal):
         try:
             module.launch(**meta_arguments(kernel.spec, problem), warmup=True)
         except Exception as error:  # whatever the compiler raises is this variant's failure
