@@ -14,7 +14,7 @@ from .plan import make_plan
 from .recording import record
 from .triton_launch import CannotPrepareError
 
-logger = logging.getLogger("nsa_autotune")
+logger = logging.getLogger(__name__.partition(".")[0])
 
 ORDINARY_VARIABLE = "NSA_AUTOTUNE_ORDINARY_LAUNCHES"
 

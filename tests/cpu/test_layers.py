@@ -14,7 +14,7 @@ ROWS = (
     ("codegen", "db"),
     ("kernels",),
     ("bench", "dispatch"),
-    ("search", "ops"),
+    ("search", "ops", "ship"),
     ("report",),
     ("nn", "cli"),
     ("__init__", "__main__"),

@@ -12,6 +12,7 @@ import pytest
 from cpu.report_fakes import DIGEST, FINGERPRINT, HOSTILE, fill, hostile_winner, search_records, winner_record
 
 from nsa_autotune.cli.app import main
+from nsa_autotune.db.checks import MAX_INT
 from nsa_autotune.db.store import TuningStore
 from nsa_autotune.errors import InvalidInput, UnknownName
 from nsa_autotune.kernels import get_spec
@@ -159,8 +160,8 @@ def test_hostile_texts_stay_texts(filled: Report) -> None:
 def test_any_number_that_may_be_stored_makes_a_page(median_us: float) -> None:
     records = search_records(count=40)
     records[3], records[4] = replace(records[3], median_us=1e300), replace(records[4], median_us=1e-300)
-    huge = Problem(seq_q=1, seq_k=10**400)
-    wide = winner_record().problem | {"seq_q": 10**400, "seq_k": 10**400}
+    huge = Problem(seq_q=1, seq_k=MAX_INT)
+    wide = winner_record().problem | {"seq_q": MAX_INT, "seq_k": MAX_INT}
     with TuningStore("sqlite://", import_shipped=False) as store:
         store.add_trials(records)
         store.set_winner(winner_record(median_us=median_us, library_median_us=1 / median_us))
