@@ -14,6 +14,9 @@ from .records import TrialRecord
 from .rows import select_trials, trial_of
 
 FAULTS = ("crash", "timeout")
+COUNTED = ("problems", "tuned", "trials", *STATUSES, "predicted", "winners", *VERDICTS)
+NEWEST = ("newest_trial", "newest_winner")
+COLUMNS = ("gpu", "family", *COUNTED, *NEWEST, "coverage")
 
 
 def count_rows(session: Session, about: About) -> list[dict[str, Any]]:
@@ -22,8 +25,7 @@ def count_rows(session: Session, about: About) -> list[dict[str, Any]]:
     for part in (_count_trials(session, about), _count_winners(session, about)):
         for row in session.execute(part).mappings():
             found.setdefault((row["gpu"], row["family"]), {}).update(row)
-    counted = ("problems", "tuned", "trials", *STATUSES, "predicted", "winners", *VERDICTS)
-    empty = {**dict.fromkeys(counted, 0), **dict.fromkeys(("newest_trial", "newest_winner"))}
+    empty = {**dict.fromkeys(COUNTED, 0), **dict.fromkeys(NEWEST)}
     rows = [{"gpu": gpu, "family": family, **empty, **row} for (gpu, family), row in sorted(found.items())]
     return [{**row, "coverage": row["tuned"] / row["problems"] if row["problems"] else None} for row in rows]
 

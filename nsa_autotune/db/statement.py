@@ -17,7 +17,7 @@ from .engine import Location
 # what SQLite may be asked to do; attaching files, pragmas, temporary tables and all writing are not among it
 READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 FORBIDDEN_FUNCTIONS = {"load_extension"}
-REFUSALS = ("not authorized", "readonly database", "read-only transaction", "prohibited")
+REFUSALS = ("not authorized", "readonly database", "read-only transaction", "prohibited", "cannot VACUUM")
 ONE_STATEMENT = ("one statement", "multiple commands")
 READ_REMEDY = "Write one SELECT, such as SELECT status, count(*) FROM nsa_trials GROUP BY status."
 
