@@ -388,7 +388,12 @@ def test_no_question_reads_all_trials(large: TuningStore, name: str) -> None:
     finally:
         event.remove(large._engine, "before_cursor_execute", note)
     with closing(sqlite3.connect(str(large.location.path))) as db:
-        steps = [row[3] for text, values in sent if text != "BEGIN" for row in db.execute(f"EXPLAIN QUERY PLAN {text}", values)]
+        steps = [
+            row[3]
+            for text, values in sent
+            if text != "BEGIN"
+            for row in db.execute(f"EXPLAIN QUERY PLAN {text}", values)
+        ]
     assert steps and not [step for step in steps if step.startswith("SCAN nsa_trials") and "INDEX" not in step]
     if name == "lookup":
         assert not [step for step in steps if step.startswith("SCAN")]
