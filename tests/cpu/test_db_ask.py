@@ -246,7 +246,7 @@ def test_counts(store: TuningStore) -> None:
     store.set_winner(winner(day=5, verdict="provisional", fingerprint={**H100, **NEW}))
     a100, h100 = TuningDatabase(store).stats()
     assert (a100["gpu"], a100["trials"], a100["tuned"], a100["coverage"], a100["newest_winner"]) == (
-        "NVIDIA A100", 1, 0, 0, None
+        "NVIDIA A100", 1, 0, 0.0, None
     )  # fmt: skip
     expected = {"problems": 2, "tuned": 1, "coverage": 0.5, "trials": 4, "ok": 2, "compile": 1, "crash": 1}
     expected |= {"timeout": 0, "predicted": 1, "winners": 2, "confirmed": 1, "provisional": 1}
