@@ -32,10 +32,32 @@ VERSIONS = (  # driver, torch, triton, assembler, version of this tool; the last
 )
 TRIALS_OF_A_RUN = 125  # measured for one problem on one machine with one set of versions
 FINALISTS, CONFIGS = 8, 120
-FAILURES = ("compile", "resource", "accuracy", "timeout", "crash", "same_code")
+FAILURES = {"same_code": 100, "resource": 60, "compile": 30, "accuracy": 8, "timeout": 1, "crash": 1}  # of 200
 FAIL_SHARE, NOISE, SAMPLES = 0.2, 0.01, 12
+GRAPH_SHARE = 0.05  # of runs that time CUDA graphs
 START = datetime(2025, 1, 1, tzinfo=UTC)
 LENGTHS, HEADS, DIMS, LOCALITIES = [2**n for n in range(11, 18)], ((64, 4), (32, 8)), ((128, 128), (192, 128)), (0, 0.8)
+
+
+SHARED = (
+    *("fingerprint_id", "problem_id", "variant_id", "median_us", "p20_us", "p80_us", "samples_us", "policy"),
+    *("resources", "created", "tool_version"),
+)
+TRIAL_COLUMNS = (
+    *("id", "digest", "fingerprint_id", "problem_id", "variant_id", "status", "samples_us", "median_us"),
+    *("p20_us", "p80_us", "reason", "kind", "provider", "stage", "resources", "max_error", "baseline_error"),
+    *("policy", "environment", "created", "tool_version"),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the trials of one run share."""
+
+    key: tuple[int, int]  # row ids of machine and problem
+    unit_us: float
+    version: int
+    policy: str
 
 
 @dataclass(frozen=True)
@@ -56,9 +78,9 @@ def fill(path: Path, num_trials: int, seed: int = 0) -> Filled:
         machines = _insert_machines(db)
         runs = _runs(db, num_trials // (TRIALS_OF_A_RUN * len(machines)), random.Random(seed))
         number = itertools.count(1)
-        for problem_id, variants in runs:
+        for problem_id, tokens, variants in runs:
             for machine_id, (_, version) in machines.items():
-                _insert_run(db, (machine_id, problem_id), variants[version], version, number)
+                _insert_run(db, (machine_id, problem_id), tokens, variants[version], version, number)
     with closing(sqlite3.connect(path)) as db:
         trials, winners, problems = (
             db.execute(f"SELECT count(*) FROM nsa_{table}").fetchone()[0] for table in ("trials", "winners", "problems")
@@ -83,8 +105,8 @@ def _insert_machines(db: sqlite3.Connection) -> dict[int, tuple[str, int]]:
 Variants = list[tuple[int, Config, float]]  # row id, config, its share of the time
 
 
-def _runs(db: sqlite3.Connection, count: int, rng: random.Random) -> Iterator[tuple[int, list[Variants]]]:
-    """Problems of all families in turns, each with its variants under the old template and the new one."""
+def _runs(db: sqlite3.Connection, count: int, rng: random.Random) -> Iterator[tuple[int, int, list[Variants]]]:
+    """Problems of all families in turns with their tokens; each with its variants of the old and the new template."""
     specs = list(all_specs().values())
     problems = {spec.family: list(_problems(spec, rng)) for spec in specs}
     variants: dict[str, list[Variants]] = {}
@@ -99,7 +121,7 @@ def _runs(db: sqlite3.Connection, count: int, rng: random.Random) -> Iterator[tu
         key, facts = spec.problem_key(problem), problem.to_dict()
         row = (number + 1, digest([spec.family, key, facts]), spec.family, key, canonical_json(facts))
         db.execute("INSERT INTO nsa_problems VALUES (?,?,?,?,?)", row)
-        yield number + 1, variants[spec.family]
+        yield number + 1, problem.seq_k, variants[spec.family]
 
 
 def _problems(spec: KernelSpec, rng: random.Random) -> Iterator[Problem]:
@@ -134,15 +156,22 @@ def _insert_variants(
 
 
 def _insert_run(
-    db: sqlite3.Connection, key: tuple[int, int], variants: Variants, version: int, number: Iterator[int]
+    db: sqlite3.Connection,
+    key: tuple[int, int],
+    tokens: int,
+    variants: Variants,
+    version: int,
+    number: Iterator[int],
 ) -> None:
     """Search trials, finals and the winner of one problem on one machine."""
     rng = random.Random(repr(key))
-    unit_us = 50.0 * rng.uniform(1, 20)
+    run = Run(
+        key, tokens * rng.uniform(0.01, 0.02), version, "graph-cold" if rng.random() < GRAPH_SHARE else "eager-cold"
+    )
     searched = [rng.choice(variants) for _ in range(TRIALS_OF_A_RUN - FINALISTS)]
     finalists = sorted(searched, key=lambda variant: variant[2])[:FINALISTS]
-    rows = [_trial(next(number), key, v, unit_us, version, "search", rng) for v in searched]
-    rows += [_trial(next(number), key, v, unit_us, version, "final", rng) for v in finalists]
+    rows = [_trial(next(number), run, v, "search", rng) for v in searched]
+    rows += [_trial(next(number), run, v, "final", rng) for v in finalists]
     marks = ",".join("?" * len(rows[0]))
     db.executemany(f"INSERT INTO nsa_trials ({','.join(TRIAL_COLUMNS)}) VALUES ({marks})", rows)
     best = min((row for row in rows[-FINALISTS:]), key=lambda row: row[7])
@@ -158,40 +187,22 @@ def _insert_run(
     db.execute(f"INSERT INTO nsa_winners ({names}) VALUES ({','.join('?' * len(winner))})", list(winner.values()))
 
 
-SHARED = ("fingerprint_id", "problem_id", "variant_id", "median_us", "p20_us", "p80_us", "samples_us", "policy")
-SHARED = (*SHARED, "resources", "created", "tool_version")
-TRIAL_COLUMNS = ("id", "digest", "fingerprint_id", "problem_id", "variant_id", "status", "samples_us", "median_us")
-TRIAL_COLUMNS += ("p20_us", "p80_us", "reason", "kind", "provider", "stage", "resources", "max_error", "baseline_error")
-TRIAL_COLUMNS += ("policy", "environment", "created", "tool_version")
-
-
 def _trial(
-    number: int,
-    key: tuple[int, int],
-    variant: tuple[int, Config, float],
-    unit_us: float,
-    version: int,
-    stage: str,
-    rng: random.Random,
+    number: int, run: Run, variant: tuple[int, Config, float], stage: str, rng: random.Random
 ) -> tuple[Any, ...]:
     """One row of nsa_trials, in the order of TRIAL_COLUMNS."""
     failed = stage == "search" and rng.random() < FAIL_SHARE
-    created = (START + timedelta(days=365 * version, seconds=20 * number)).isoformat(timespec="microseconds")
-    start = (number, _name("trial", number), *key, variant[0])
-    end = (variant_policy(number), _ENVIRONMENT, created, VERSIONS[version][-1])
+    created = (START + timedelta(days=365 * run.version, seconds=20 * number)).isoformat(timespec="microseconds")
+    start = (number, _name("trial", number), *run.key, variant[0])
+    end = (run.policy, _ENVIRONMENT, created, VERSIONS[run.version][-1])
     if failed:
-        status = rng.choice(FAILURES)
+        (status,) = rng.choices(list(FAILURES), list(FAILURES.values()))
         none = (None, None, None, f"{status}: what the compiler said, a line or two of it", "measured", "template")
         return (*start, status, "[]", *none, stage, None, None, None, *end)
-    middle = unit_us * variant[2]
+    middle = run.unit_us * variant[2]
     samples = sorted(round(middle * rng.gauss(1, NOISE), 3) for _ in range(SAMPLES))
     times = (json.dumps(samples, separators=(",", ":")), samples[6], samples[2], samples[9], "")
     return (*start, "ok", *times, "measured", "template", stage, _RESOURCES, 0.01, 0.02, *end)
-
-
-def variant_policy(number: int) -> str:
-    """One in 20 measurements was taken from a CUDA graph."""
-    return "eager-cold" if number % 20 else "graph-cold"
 
 
 def _name(kind: str, number: int) -> str:

@@ -12,7 +12,7 @@ import typer
 from ..errors import InvalidInput
 from . import options
 from .console import problem_text
-from .db import current_templates, problem_filter
+from .db import Table, all_columns, current_templates, problem_filter
 from .rows import FormatOption, LimitOption, OutOption, Row, RowFormat, check_output, give_rows, limit_of
 
 if TYPE_CHECKING:
@@ -72,10 +72,13 @@ def best(
     db: options.DbOption = None,
 ) -> None:
     """The winner of each problem on each GPU, with the evidence behind it; times in microseconds."""
+    from ..db.best import GROWTH
+
     about = about_of(gpu, family, problem, policy)
     rows = answer(db, style, out, lambda found: found.best(**about, by=by and by.value, limit=limit_of(style, limit)))
     columns = BEST_COLUMNS if by is None else BY_LENGTH_COLUMNS
-    show(rows, columns, style, out, "best")
+    known = [*all_columns(Table.winners), "rivals", *(() if by is None else GROWTH)]
+    show(rows, columns, known, style, out, "best")
 
 
 def compare(
@@ -99,6 +102,8 @@ def compare(
     Without --between and --config the winners of the GPUs named are compared, or of all GPUs. `clear` says that the
     spreads do not overlap.
     """
+    from ..db.compare import compare_columns
+
     gpus = options.split(gpu, "--gpu")
     one_gpu = bool(between or config)
     if one_gpu and len(gpus) > 1:
@@ -109,7 +114,7 @@ def compare(
     how["configs"] = [options.assignments([text], "--config") for text in config or ()]
     rows = answer(db, style, out, lambda found: found.compare(**how, **about, limit=limit_of(style, limit)))
     columns = COMPARE_COLUMNS if one_gpu else [name for name in COMPARE_COLUMNS if name != "gpu"]
-    show(rows, columns, style, out, "compare")
+    show(rows, columns, compare_columns(of_gpus=not one_gpu), style, out, "compare")
 
 
 def history(
@@ -131,6 +136,8 @@ def history(
 
     ratio: the time over that of the one before. A winner that a later one replaced is known by its final race.
     """
+    from ..db.history import history_columns
+
     if not regressions and (between or loss):
         remedy = "Add --regressions, or ask `db compare --between`."
         raise InvalidInput("--between and --loss are of regressions", {}, remedy)
@@ -149,7 +156,7 @@ def history(
     columns = HISTORY_COLUMNS
     if regressions:
         columns = ["before_median_us" if name == "verdict" else name for name in columns]
-    show(rows, columns, style, out, "regressions" if regressions else "history")
+    show(rows, columns, history_columns(), style, out, "regressions" if regressions else "history")
 
 
 def about_of(gpu: str, family: str, problem: Sequence[str] | None, policy: str) -> dict[str, Any]:
@@ -194,10 +201,12 @@ def answer(db: str | None, style: RowFormat, out: Any, question: Callable[[Tunin
         return question(found)
 
 
-def show(rows: Sequence[Row], columns: Sequence[str], style: RowFormat, out: Any, title: str) -> None:
-    """All columns, or in a table those that fit, with the problem on one line and dates without the time of day."""
+def show(
+    rows: Sequence[Row], columns: Sequence[str], known: Sequence[str], style: RowFormat, out: Any, title: str
+) -> None:
+    """All `known` columns, or in a table `columns`, with the problem on one line and dates without the time of day."""
     if style is not RowFormat.table:
-        give_rows(rows, list(rows[0]) if rows else list(columns), style, out, title=title)
+        give_rows(rows, known, style, out, title=title)
         return
     short = [{**row, "problem": problem_text(row, row["family"]), **_dates(row)} for row in rows]
     give_rows(short, columns, style, out, title=title, less_important=LESS_IMPORTANT)

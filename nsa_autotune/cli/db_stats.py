@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,7 @@ from ..errors import InvalidInput, UnknownName
 from . import options
 from .console import errors, output
 from .db import current_templates
-from .db_ask import FamilyOption, GpuOption, PolicyOption, ProblemOption, about_of, answer
+from .db_ask import DATE_CHARS, FamilyOption, GpuOption, PolicyOption, ProblemOption, about_of
 from .rows import DEFAULT_LIMIT, FormatOption, LimitOption, OutOption, Row, RowFormat, check_output, give_rows
 
 if TYPE_CHECKING:
@@ -26,11 +27,21 @@ COUNT_COLUMNS = [
     *("same_code", "constraint", "render", "compile", "resource", "accuracy", "runtime", "timeout", "crash"),
     *("predicted", "winners", "confirmed", "newest_trial", "newest_winner"),
 ]
+ALWAYS_SHOWN = COUNT_COLUMNS[:7]
 STALE_COLUMNS = ["gpu", "family", "changed", "then", "now", "winners", "newest"]
 WORTH_COLUMNS = ["param", "importance", "best_value", "loss_without", "values"]
 LESS_IMPORTANT = ["newest_winner", "newest_trial", "confirmed", "predicted"]
-DATE_CHARS = 10
 VERSIONS = ("driver", "cuda", "torch", "triton", "assembler")
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Rows with their columns, those that a table shows, and a sentence below it."""
+
+    rows: list[Row]
+    columns: Sequence[str]
+    shown: Sequence[str]
+    note: str = ""
 
 
 class Show(StrEnum):
@@ -58,27 +69,28 @@ def stats(
     db: options.DbOption = None,
 ) -> None:
     """Trials by status, coverage and predictions; what went stale; or the importance of a family's parameters."""
+    from ..db.database import TuningDatabase
+
     about, versions = about_of(gpu, family, problem, policy), versions_of(now)
     if now and what is not Show.stale:
         raise InvalidInput("--now holds winners against versions", {"--show": what.value}, "Add --show stale.")
-    if what is Show.counts:
-        rows, columns, note = answer(db, style, out, lambda found: found.stats(**about)), COUNT_COLUMNS, ""
-        if style is RowFormat.table:
-            columns = [name for name in columns if name in COUNT_COLUMNS[:7] or any(row[name] for row in rows)]
-            rows = [{**row, **{name: _day(row[name]) for name in ("newest_trial", "newest_winner")}} for row in rows]
-    elif what is Show.stale:
-        here = versions or this_gpu(gpu)
-        rows, columns = answer(db, style, out, lambda found: stale_rows(found, about, here)), STALE_COLUMNS
-        told = ", ".join(f"{name} {value}" for name, value in here.items())
-        note = f"held against {told or 'templates only: no GPU is here, and --now names no version'}"
-    else:
-        worth: list[Worth] = []
-        rows = answer(db, style, out, lambda found: worth_rows(worth_of(found, about, worth)))
-        columns, note = WORTH_COLUMNS, evidence_of(worth[0])
-    names = columns if style is RowFormat.table or not rows else list(rows[0])
-    give_rows(rows, names, style, out, title=what.value, less_important=LESS_IMPORTANT)
-    if note and style is RowFormat.table:
-        output().print(note, markup=False, soft_wrap=True)
+    check_output(style, out)
+    with TuningDatabase(db, current_templates=current_templates()) as found:
+        if what is Show.counts:
+            answer = counts_of(found, about)
+        elif what is Show.stale:
+            answer = stale_of(found, about, versions or this_gpu(gpu))
+        else:
+            answer = worth_of(found, about)
+    if style is not RowFormat.table:
+        give_rows(answer.rows, answer.columns, style, out, title=what.value)
+        return
+    short = [
+        {**row, **{name: day(value) for name, value in row.items() if name.startswith("newest")}} for row in answer.rows
+    ]
+    give_rows(short, answer.shown, style, out, title=what.value, less_important=LESS_IMPORTANT)
+    if answer.note:
+        output().print(answer.note, markup=False, soft_wrap=True)
 
 
 def sql(
@@ -120,6 +132,22 @@ def this_gpu(gpu: str) -> dict[str, str]:
     return {field: value for field, value in current("cuda:0").to_dict().items() if field in VERSIONS}
 
 
+def counts_of(found: TuningDatabase, about: Mapping[str, Any]) -> Statistics:
+    """How many trials and winners of what kind; a table leaves out statuses that never were."""
+    from ..db.counts import COLUMNS
+
+    rows = found.stats(**about)
+    shown = [name for name in COUNT_COLUMNS if name in ALWAYS_SHOWN or any(row[name] for row in rows)]
+    return Statistics(rows, COLUMNS, shown)
+
+
+def stale_of(found: TuningDatabase, about: Mapping[str, Any], here: Mapping[str, str]) -> Statistics:
+    """What went stale, and what it was held against."""
+    told = ", ".join(f"{name} {value}" for name, value in here.items())
+    note = f"held against {told or 'templates only: no such GPU is here, and --now names no version'}"
+    return Statistics(stale_rows(found, about, here), STALE_COLUMNS, STALE_COLUMNS, note)
+
+
 def stale_rows(found: TuningDatabase, about: Mapping[str, Any], here: Mapping[str, str]) -> list[Row]:
     """Problems without a winner under the present versions and templates, by what changed; one may count twice."""
     from ..kernels import all_specs
@@ -141,17 +169,17 @@ def stale_rows(found: TuningDatabase, about: Mapping[str, Any], here: Mapping[st
     return [dict(zip(STALE_COLUMNS, (*key, count, newest[key]), strict=True)) for key, count in sorted(counted.items())]
 
 
-def worth_of(found: TuningDatabase, about: Mapping[str, Any], worth: list[Worth]) -> Worth:
-    """The worth of the parameters of the one problem that is meant, on the newest of its origins; also in `worth`."""
+def worth_of(found: TuningDatabase, about: Mapping[str, Any]) -> Statistics:
+    """The worth of the parameters for the one problem that is meant, on the newest of its origins."""
     from ..kernels import get_spec
     from ..search.worth import parameter_worth
 
     if not about["family"]:
         remedy = "Name it: --family slc_attn_fwd."
         raise InvalidInput("parameters belong to a family", {"--family": ""}, remedy)
-    trials = one_origin(found.trials(**about))
-    worth.append(parameter_worth(get_spec(about["family"]), trials))
-    return worth[0]
+    worth = parameter_worth(get_spec(about["family"]), one_origin(found.trials(**about)))
+    rows = worth_rows(worth)
+    return Statistics(rows, list(rows[0]), WORTH_COLUMNS, evidence_of(worth))
 
 
 def one_origin(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
@@ -194,10 +222,11 @@ def evidence_of(worth: Worth) -> str:
     machine = ", ".join(f"{name} {value}" for name, value in worth.fingerprint.items() if name in VERSIONS and value)
     return (
         f"{worth.evaluator} of Optuna on {worth.configs} configs of {worth.family} that worked on "
-        f"{worth.fingerprint['gpu']} ({machine}), policy {worth.policy}, newest {_day(worth.newest)}; "
+        f"{worth.fingerprint['gpu']} ({machine}), policy {worth.policy}, newest {day(worth.newest)}; "
         f"the fastest takes {worth.best_us:.4g} us. loss_without: what the fastest config with another value loses."
     )
 
 
-def _day(created: str | None) -> str:
+def day(created: str | None) -> str:
+    """The date of a time."""
     return (created or "")[:DATE_CHARS]

@@ -65,7 +65,8 @@ def give_rows(
     if style is RowFormat.table:
         numbers = {name for row in rows for name in names if _is_number(row[name])}
         cells = [[_shorten(row[name]) for name in names] for row in rows]
-        output().print(make_table(f"{title}: {len(rows)} rows", names, cells, numbers, less_important))
+        output().print(f"{title}: {len(rows)} rows", markup=False)  # a title would be wrapped to a narrow table
+        output().print(make_table("", names, cells, numbers, less_important))
         return
     if style is RowFormat.parquet:
         assert out is not None, "check_output comes first"

@@ -17,6 +17,7 @@ from .records import WinnerRecord
 from .rows import select_winners, winner_of
 
 LENGTHS = ("seq_q", "seq_k")
+GROWTH = ("growth", "config_change")  # columns of an answer by length
 
 
 def best_winners(
@@ -78,6 +79,6 @@ def _columns(winner: WinnerRecord, current_templates: Mapping[str, str] | None) 
 def _growth(before: WinnerRecord | None, winner: WinnerRecord) -> dict[str, Any]:
     """How the time and the config moved from the next shorter length."""
     if before is None:
-        return {"growth": None, "config_change": ""}
-    moved = differences(before.config, winner.config)
-    return {"growth": winner.median_us / before.median_us, "config_change": moved or "none"}
+        return dict(zip(GROWTH, (None, ""), strict=True))
+    moved = differences(before.config, winner.config) or "none"
+    return dict(zip(GROWTH, (winner.median_us / before.median_us, moved), strict=True))

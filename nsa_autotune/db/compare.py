@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from ..errors import InvalidInput, UnknownName
 from ..spec import canonical_json
 from .best import best_winners
-from .evidence import Evidence, of_trial, of_winner, ratio
+from .evidence import NOTHING, Evidence, of_trial, of_winner, ratio
 from .history import Between, pairs, read_states
 from .models import FingerprintRow, ProblemRow, TrialRow, VariantRow, WinnerRow
 from .narrow import About, config_has, trials_about
@@ -33,7 +33,7 @@ def compare_gpus(
     return [
         _row(base.gpu, base, side[key].gpu, side[key])
         for side in sides[1:]
-        for key, base in sorted(sides[0].items(), key=lambda item: item[0])
+        for key, base in sorted(sides[0].items(), key=lambda item: item[1].order)
         if key in side
     ]
 
@@ -43,7 +43,7 @@ def compare_versions(session: Session, about: About, between: Between) -> list[d
     name, old, new = between
     return [
         {"gpu": older.gpu, **_row(f"{name} {old}", older, f"{name} {new}", newer)}
-        for states in read_states(session, about).values()
+        for states in read_states(session, about)
         for older, newer in pairs(states, between)
     ]
 
@@ -52,12 +52,20 @@ def compare_configs(session: Session, about: About, first: Values, second: Value
     """The fastest measurement of each problem whose config has the first values beside that with the second."""
     if not about.family:
         raise InvalidInput("configs are compared within one family", {"family": ""}, "Name it: --family slc_attn_fwd.")
+    for values in (first, second):
+        if bad := sorted(name for name in values if not name.isidentifier()):
+            raise UnknownName("a parameter has no such name", {"names": bad}, "See `nsa-autotune render --params`.")
     base, other = (_fastest(session, about, values) for values in (first, second))
     names = [canonical_json(dict(values)) for values in (first, second)]
     return [
         {"gpu": base[key].gpu, **_row(names[0], base[key], names[1], other[key])}
-        for key in sorted(base.keys() & other.keys())
+        for key in sorted(base.keys() & other.keys(), key=lambda key: base[key].order)
     ]
+
+
+def compare_columns(*, of_gpus: bool) -> list[str]:
+    """The columns of a row, also where there is none."""
+    return [*([] if of_gpus else ["gpu"]), *_row("", NOTHING, "", NOTHING)]
 
 
 def known_gpus(session: Session) -> list[str]:

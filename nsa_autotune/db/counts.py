@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import BigInteger, ColumnElement, Select, and_, case, cast, func, select
+from sqlalchemy import BigInteger, ColumnElement, Select, and_, case, cast, func, select, union
 from sqlalchemy.orm import Session, aliased
 
 from .checks import STATUSES, VERDICTS
@@ -14,16 +14,18 @@ from .records import TrialRecord
 from .rows import select_trials, trial_of
 
 FAULTS = ("crash", "timeout")
+COUNTED = ("problems", "tuned", "trials", *STATUSES, "predicted", "winners", *VERDICTS)
+NEWEST = ("newest_trial", "newest_winner")
+COLUMNS = ("gpu", "family", *COUNTED, *NEWEST, "coverage")
 
 
 def count_rows(session: Session, about: About) -> list[dict[str, Any]]:
     """See `TuningDatabase.stats`: one row for each GPU and family that has trials or winners."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
-    for part in (_count_trials(session, about), _count_winners(session, about)):
+    for part in (_count_trials(session, about), _count_winners(session, about), _count_problems(session, about)):
         for row in session.execute(part).mappings():
             found.setdefault((row["gpu"], row["family"]), {}).update(row)
-    counted = ("problems", "tuned", "trials", *STATUSES, "predicted", "winners", *VERDICTS)
-    empty = {**dict.fromkeys(counted, 0), **dict.fromkeys(("newest_trial", "newest_winner"))}
+    empty = {**dict.fromkeys(COUNTED, 0), **dict.fromkeys(NEWEST)}
     rows = [{"gpu": gpu, "family": family, **empty, **row} for (gpu, family), row in sorted(found.items())]
     return [{**row, "coverage": row["tuned"] / row["problems"] if row["problems"] else None} for row in rows]
 
@@ -77,7 +79,6 @@ def _count_trials(session: Session, about: About) -> Select[*tuple[Any, ...]]:
         select(
             FingerprintRow.gpu,
             ProblemRow.family,
-            func.count(case((measured, ProblemRow.problem_key)).distinct()).label("problems"),
             total(measured).label("trials"),
             *(total(measured, part.c.status == status).label(status) for status in STATUSES),
             total(part.c.kind == "predicted").label("predicted"),
@@ -86,6 +87,20 @@ def _count_trials(session: Session, about: About) -> Select[*tuple[Any, ...]]:
         .select_from(part)
         .join(FingerprintRow, FingerprintRow.id == part.c.fingerprint_id)
         .join(ProblemRow, ProblemRow.id == part.c.problem_id)
+        .group_by(FingerprintRow.gpu, ProblemRow.family)
+    )
+
+
+def _count_problems(session: Session, about: About) -> Select[*tuple[Any, ...]]:
+    """Problem keys that were measured here or have a winner, which may be imported."""
+    measured = select(TrialRow.problem_id, TrialRow.fingerprint_id).where(TrialRow.kind == "measured")
+    won = select(WinnerRow.problem_id, WinnerRow.fingerprint_id)
+    known = union(measured.where(*trials_about(session, about)), won.where(*winners_about(session, about))).subquery()
+    return (
+        select(FingerprintRow.gpu, ProblemRow.family, func.count(ProblemRow.problem_key.distinct()).label("problems"))
+        .select_from(known)
+        .join(FingerprintRow, FingerprintRow.id == known.c.fingerprint_id)
+        .join(ProblemRow, ProblemRow.id == known.c.problem_id)
         .group_by(FingerprintRow.gpu, ProblemRow.family)
     )
 

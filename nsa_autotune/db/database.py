@@ -150,7 +150,7 @@ class TuningDatabase:
     def stats(self, *, gpu: str = "", family: str = "", problem: Problem | None = None, policy: str = "") -> list[Row]:
         """Numbers of trials by status, predictions and winners by verdict, for each GPU and family.
 
-        `problems` were measured, `tuned` have a winner; `coverage` is their ratio.
+        `problems` were measured or have a winner, `tuned` have one; `coverage` is their ratio.
         """
         with self.store.reading() as session:
             return count_rows(session, About(gpu, family, problem or {}, policy))

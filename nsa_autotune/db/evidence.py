@@ -38,6 +38,12 @@ class Evidence:
         """What it answers: GPU, family, problem key and policy."""
         return self.gpu, self.family, self.problem_key, self.policy
 
+    @property
+    def order(self) -> tuple[str, str, str, int, int, str]:
+        """Where its row stands: by GPU, family and policy, then by length."""
+        seq_q, seq_k = (int(self.problem.get(name, 0)) for name in ("seq_q", "seq_k"))
+        return self.gpu, self.family, self.policy, seq_k, seq_q, self.problem_key
+
     def columns(self, prefix: str = "") -> dict[str, Any]:
         """Time, spread, samples, verdict, date, versions and config as flat columns."""
         found = {
@@ -95,6 +101,11 @@ def _evidence(
         created=record.created,
         versions={**versions, "tool_version": record.tool_version, "template_digest": record.template_digest},
     )
+
+
+NOTHING = Evidence(
+    *("", "", {}, "", "", {}, 1.0, 1.0, 1.0, 0, "", 0, ""), versions=dict.fromkeys(VERSION_FIELDS, "")
+)  # tells the columns of an answer without rows
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from sqlalchemy import Select, func, literal, select
 from sqlalchemy.orm import Session
 
 from ..errors import UnknownName
-from .evidence import VERSION_FIELDS, Evidence, differences, of_trial, of_winner, ratio
+from .evidence import NOTHING, VERSION_FIELDS, Evidence, differences, of_trial, of_winner, ratio
 from .models import ProblemRow, TrialRow, VariantRow
 from .narrow import About, trials_about, winners_about
 from .rows import select_trials, select_winners, trial_of, winner_of
@@ -19,8 +19,8 @@ State = tuple[str, ...]  # all versions
 Between = tuple[str, str, str]  # a version's name, its old and its new value
 
 
-def read_states(session: Session, about: About) -> dict[tuple[str, str, str, str], list[Evidence]]:
-    """What was best under each set of versions, by (GPU, family, problem key, policy), newest first.
+def read_states(session: Session, about: About) -> list[list[Evidence]]:
+    """What was best under each set of versions, newest first, for each (GPU, family, problem key, policy).
 
     It is the winner, or the fastest of the final race where the winner of later versions took its place.
     """
@@ -29,16 +29,14 @@ def read_states(session: Session, about: About) -> dict[tuple[str, str, str, str
     found: dict[tuple[str, str, str, str], dict[State, Evidence]] = defaultdict(dict)
     for evidence in (*winners, *(of_trial(trial_of(*row)) for row in races)):  # winners first
         found[evidence.group].setdefault(tuple(evidence.versions.values()), evidence)
-    return {
-        group: sorted(states.values(), key=lambda state: state.created, reverse=True)
-        for group, states in sorted(found.items())
-    }
+    newest_first = (sorted(states.values(), key=lambda state: state.created, reverse=True) for states in found.values())
+    return sorted(newest_first, key=lambda states: states[0].order)
 
 
 def history_rows(session: Session, about: About, limit: int | None) -> list[dict[str, Any]]:
     """See `TuningDatabase.history`."""
     rows = []
-    for states in read_states(session, about).values():
+    for states in read_states(session, about):
         for newer, older in zip(states, [*states[1:], None], strict=True):
             rows.append(_row(older, newer))
     return rows[:limit]
@@ -49,7 +47,7 @@ def regression_rows(
 ) -> list[dict[str, Any]]:
     """See `TuningDatabase.regressions`; the greatest loss first."""
     found = []
-    for states in read_states(session, about).values():
+    for states in read_states(session, about):
         for older, newer in pairs(states, between):
             if newer.median_us > (1 + loss) * older.median_us:
                 found.append(_row(older, newer))
@@ -62,6 +60,11 @@ def check_between(between: Between | None) -> None:
     if between is not None and between[0] not in VERSION_FIELDS:
         known = f"Versions: {', '.join(VERSION_FIELDS)}."
         raise UnknownName("there is no such version", {"version": between[0]}, known)
+
+
+def history_columns() -> list[str]:
+    """The columns of a row, also where there is none."""
+    return list(_row(None, NOTHING))
 
 
 def pairs(states: Sequence[Evidence], between: Between | None) -> Iterable[tuple[Evidence, Evidence]]:

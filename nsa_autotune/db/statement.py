@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,11 +14,16 @@ from sqlalchemy.orm import Session
 from ..errors import InvalidInput, StoreError
 from .checks import shorten
 from .engine import Location
+from .models import Base
 
 # what SQLite may be asked to do; attaching files, pragmas, temporary tables and all writing are not among it
 READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 FORBIDDEN_FUNCTIONS = {"load_extension"}
-REFUSALS = ("not authorized", "readonly database", "read-only transaction", "prohibited")
+REFUSALS = ("not authorized", "readonly database", "read-only transaction", "data-modifying", "cannot VACUUM")
+# PostgreSQL's cursor calls these a mistake of syntax
+WRITING = re.compile(
+    r"\s*(insert|update|delete|merge|drop|create|alter|truncate|set|begin|commit|copy)\b", re.IGNORECASE
+)
 ONE_STATEMENT = ("one statement", "multiple commands")
 READ_REMEDY = "Write one SELECT, such as SELECT status, count(*) FROM nsa_trials GROUP BY status."
 
@@ -66,11 +72,11 @@ def _run(cursor: Any, failures: tuple[type[Exception], ...], statement: str, lim
 def _explain(error: Exception, statement: str) -> InvalidInput:
     message = (str(error).splitlines() or [""])[0]
     values: dict[str, object] = {"statement": shorten(statement), "message": message}
-    if any(fragment in message for fragment in REFUSALS):
-        return InvalidInput("own SQL may only read", values, READ_REMEDY)
     if any(fragment in message for fragment in ONE_STATEMENT):
         return InvalidInput("own SQL is one statement", values, READ_REMEDY)
-    remedy = "Tables: SELECT name, sql FROM sqlite_master. See docs/querying.md."
+    if WRITING.match(statement) or any(fragment in message for fragment in REFUSALS):
+        return InvalidInput("own SQL may only read", values, READ_REMEDY)
+    remedy = f"Tables: {', '.join(Base.metadata.tables)}; docs/querying.md says what they hold."
     return InvalidInput("the database does not understand the statement", values, remedy)
 
 
