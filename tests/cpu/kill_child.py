@@ -17,7 +17,7 @@ from typing import Any
 from cpu.test_cli_tune import FINGERPRINT, FakeWorker
 
 from nsa_autotune.bench import worker as worker_module
-from nsa_autotune.bench.journal import Journal, StageLines
+from nsa_autotune.bench.journal import RACE, Journal, StageLines
 from nsa_autotune.bench.result import TrialResult
 from nsa_autotune.cli.app import main as command
 from nsa_autotune.db import store as store_module
@@ -43,8 +43,9 @@ class JournalledWorker(FakeWorker):
         """Two samples of each config."""
         self._journal.ask(family, problem.to_dict(), configs)
         self._lines.begin()
-        for index in range(len(configs)):
-            self._lines.tell(index, "timing")
+        for stage in (RACE, "timing"):
+            for index in range(len(configs)):
+                self._lines.tell(index, stage)
         die_if_told(self._journal.path.parent / "die_at", configs)
         time.sleep(MEASURING_S)
         results = [FakeWorker.measure(self, family, problem, config) for config in configs]
