@@ -11,7 +11,7 @@ from ..errors import StoreError, WorkerError
 from .codesign_plan import Plan
 from .codesign_report import draw, report
 from .console import errors
-from .tune_run import settle
+from .tune_suspects import settle
 
 if TYPE_CHECKING:
     from ..bench.activations import Activations

@@ -11,14 +11,13 @@ from ..errors import StoreError, WorkerError
 from ..spec import DEFAULT_POLICY, KernelSpec, Problem
 from .console import errors, problem_text
 from .tune_report import Guess, print_predictions, print_winners
+from .tune_suspects import retry_suspects, settle
 
 if TYPE_CHECKING:
-    from ..bench.journal import Journal
     from ..bench.result import TrialResult
     from ..bench.worker import MeasureWorker
     from ..db.store import TuningStore
     from ..search.budget import Budget, Meter
-    from .codesign_display import CodesignDisplay
     from .progress import TuneDisplay
 
 CONFIRM_SHARE = 0.1  # of the minutes, for racing the winners again
@@ -83,7 +82,7 @@ def execute(run: Run) -> int:
 def measure(run: Run, store: TuningStore, display: TuneDisplay) -> None:
     """Tune every problem on the device, then race the winners again in a new process.
 
-    What killed an earlier run is stored first and tried once more last.
+    What killed an earlier run is stored first, and tried once more last.
     """
     from ..bench.journal import Journal
     from ..bench.worker import MeasureWorker
@@ -120,7 +119,8 @@ def measure(run: Run, store: TuningStore, display: TuneDisplay) -> None:
             )
         if run.budget.confirm:
             confirm(run, worker, store, display, here.to_dict(), meter)
-        retry_suspects(run, store, display, worker, here.to_dict())
+        if retry_suspects(run, store, display, worker, here.to_dict()) and run.budget.confirm:
+            confirm(run, worker, store, display, here.to_dict(), meter)
 
 
 def search_budget(total: Budget) -> Budget:
@@ -154,32 +154,6 @@ def confirm(
         display.say(f"confirming {spec.family} {problem_text(problem.to_dict(), spec.family)}")
         task = Task(spec, problem, fingerprint, template_digest(spec), run.policy)
         display.outcomes[number] = replace(outcome, winner=confirm_winner(task, measurer=worker, store=store))
-
-
-def settle(journal: Journal, store: TuningStore, display: TuneDisplay | CodesignDisplay) -> None:
-    """Store what an earlier run was at when it died."""
-    from ..search.quarantine import store_suspects
-
-    suspects = journal.unfinished()
-    store_suspects(store, suspects)
-    for suspect in suspects:
-        display.note(f"{suspect.family}: an earlier run died: {suspect.result().reason}  {dict(suspect.config)}")
-    journal.settle()
-
-
-def retry_suspects(
-    run: Run, store: TuningStore, display: TuneDisplay, worker: MeasureWorker, fingerprint: dict[str, str]
-) -> None:
-    """Measure once more, when all else is done, what a journal suspects."""
-    from ..codegen.render import template_digest
-    from ..search.quarantine import retry_suspected
-    from ..search.task import Task
-
-    for spec, problem in run.work:
-        for trial in retry_suspected(
-            store, Task(spec, problem, fingerprint, template_digest(spec), run.policy), worker
-        ):
-            display.note(f"{spec.family}: tried once more: {trial.status} {trial.reason}  {trial.config}")
 
 
 def check_in_interpreter(run: Run, display: TuneDisplay) -> bool:
