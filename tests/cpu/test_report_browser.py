@@ -148,6 +148,15 @@ def test_a_phone_shows_every_cell_and_readable_labels(opened: Open) -> None:
     assert min(js(browser, labels)) >= 12  # px of a line
 
 
+def test_the_evidence_fits_a_phone(opened: Open) -> None:
+    browser = opened(PHONE)
+    js(browser, "document.querySelector('.table tbody th button').click()")
+    dialog = "document.querySelector('dialog[open]')"
+    assert js(browser, f"{dialog}.scrollWidth <= {dialog}.clientWidth && {dialog}.scrollTop === 0")
+    js(browser, f"{dialog}.querySelector('button').click()")
+    assert js(browser, dialog) is None
+
+
 def test_hostile_texts_do_nothing(opened: Open) -> None:
     browser = opened()
     assert browser.title == "nsa-autotune: tuning report"

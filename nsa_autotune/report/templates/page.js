@@ -142,6 +142,9 @@
     const winner = data.winners[Number(source.dataset.winner)];
     hideTip();
     dialog.replaceChildren();
+    const close = make("button", "Close", dialog);
+    close.type = "button";
+    close.addEventListener("click", () => dialog.close());
     make("h2", `${winner.keys.family}, ${winner.keys.seq} tokens`, dialog);
     make("p", winner.shape, dialog);
     addTable("Time", [
@@ -156,10 +159,8 @@
       addTable("Raced against", winner.rivals.map((rival) => [changes(rival.config, winner.config), interval(rival)]));
     }
     addTable("Machine", [...Object.entries(winner.fingerprint), ["nsa-autotune", winner.tool_version]]);
-    const close = make("button", "Close", dialog);
-    close.type = "button";
-    close.addEventListener("click", () => dialog.close());
     dialog.showModal();
+    dialog.scrollTop = 0;
   }
 
   for (const cell of all(".table tbody th")) {
