@@ -21,9 +21,10 @@ from ..dispatch import binaries
 from ..dispatch.binaries import INDEX, NOT_OF_THE_CODE, identity
 from ..dispatch.triton_launch import kernels_among
 from ..errors import KernelError
-from ..spec import Problem
+from ..spec import KernelSpec, Problem
 from .choice import Kernel
 
+BRANCHES = ("cmp", "slc", "win")  # the order of the gates
 Report = Callable[[str], None]
 
 
@@ -104,13 +105,30 @@ def alike_problems(problem: Problem) -> list[Problem]:
     return list(dict.fromkeys(found))
 
 
+def call_arguments(spec: KernelSpec, problem: Problem) -> list[dict[str, Any]]:
+    """Arguments without storage of each way in which the operators call a family: strides and switches differ.
+
+    The backward of the whole attention passes a branch's gate as a view of all gates, and adds to dq but once.
+    """
+    plain = meta_arguments(spec, problem)
+    if "gate" not in plain:
+        return [plain]
+    branch, gate = spec.family.partition("_")[0], plain["gate"]
+    gates = torch.empty((*gate.shape, len(BRANCHES)), dtype=gate.dtype, device="meta")
+    fused = {**plain, "gate": gates[..., BRANCHES.index(branch)]}
+    if "dq" in plain:
+        fused["accumulate"] = branch != "win"
+    return [plain, fused]
+
+
 def compile_problem(kernel: Kernel, problem: Problem, goal: Target) -> dict[str, Any]:
     """Triton's compiled kernels of one variant for a problem's sizes, by their `identity`; raises KernelError."""
     module = load(kernel.rendered)
     seen = _watch(module)
     with absent_gpu(goal):
         try:
-            module.launch(**meta_arguments(kernel.spec, problem), warmup=True)
+            for arguments in call_arguments(kernel.spec, problem):
+                module.launch(**arguments, warmup=True)
         except Exception as error:  # whatever the compiler raises is this variant's failure
             raise KernelError(f"does not compile: {explain(error, kernel.rendered)}") from error
     return seen

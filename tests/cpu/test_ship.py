@@ -25,11 +25,14 @@ from nsa_autotune.codegen.render import template_digest
 from nsa_autotune.config import NSAConfig
 from nsa_autotune.db import TrialRecord, TuningStore, WinnerRecord
 from nsa_autotune.dispatch.dispatcher import Dispatcher
+from nsa_autotune.dispatch.ladder import Step, choose
 from nsa_autotune.dispatch.shipped import read_table
 from nsa_autotune.errors import InvalidInput, StoreError, UnknownName
 from nsa_autotune.kernels import all_specs, get_spec
+from nsa_autotune.ops import whole
 from nsa_autotune.search.presets import tuning_problems
 from nsa_autotune.ship.choice import choose_gpu, choose_winners
+from nsa_autotune.ship.compiled import BRANCHES, alike_problems, call_arguments
 from nsa_autotune.ship.contents import check_name, default_name, lower_bounds
 from nsa_autotune.spec import Config, KernelSpec, Problem
 
@@ -188,7 +191,38 @@ def test_who_is_served(installed: Path, tmp_path: Path) -> None:
     assert found["no kernel could"].startswith("InvalidProblem")
 
 
+def test_both_serve_in_one_process(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operators have their package's namespace, and a dispatcher's number means nothing to the other package."""
+    monkeypatch.syspath_prepend(installed)
+    theirs = ship_child.module(NAME)
+    same_bits(theirs, ship_child.module("nsa_autotune"))
+    same_bits(theirs, ship_child.module(NAME))
+    names = {str(handle.default).partition(".")[0] for space in (NAME, "nsa_autotune") for handle in operators(space)}
+    assert names == {NAME, "nsa_autotune"}
+
+
+def operators(namespace: str) -> list[Any]:
+    """The custom operators of a package."""
+    space = getattr(torch.ops, namespace)
+    return [getattr(space, name) for name in ("compress", "attend", "select_blocks", "combine", "gated_attention")]
+
+
 # with compiled binaries
+
+
+def test_binaries_are_made_for_all_ways_of_a_call() -> None:
+    """Strides, alignments and switches of the backward's calls; by Triton's rules each is a binary of its own."""
+    assert BRANCHES == whole.BRANCHES
+    for branch, place in (("cmp", 0), ("slc", 1), ("win", 2)):
+        spec = get_spec(f"{branch}_attn_bwd_dq")
+        alone, fused = call_arguments(spec, PROBLEM)
+        assert alone["gate"].is_contiguous() and "accumulate" not in alone
+        assert fused["gate"].stride()[-1] == 3 and fused["gate"].storage_offset() == place
+        assert fused["accumulate"] is (branch != "win")
+    assert len(call_arguments(get_spec("slc_attn_fwd"), PROBLEM)) == 1
+    assert ("accumulate" in call_arguments(get_spec("win_attn_bwd_dkv"), PROBLEM)[1]) is False
+    sizes = {(p.batch, p.seq_q, p.seq_k) for p in alike_problems(PROBLEM)}
+    assert sizes == {(1, 64, 64), (2, 64, 64), (1, 63, 63), (2, 63, 63)}
 
 
 def test_binaries_start_without_the_compiler(tmp_path: Path) -> None:
@@ -370,6 +404,17 @@ def test_the_newest_winner_of_a_problem_is_shipped() -> None:
     for order in ([old, new, graph], [graph, new, old]):
         chosen = choose_winners(order, "NVIDIA H100 80GB HBM3", lambda spec, winner: True)
         assert set(map(id, chosen.winners)) == {id(new), id(graph)}
+
+
+def test_a_winner_without_a_kernel_is_passed_over() -> None:
+    spec = get_spec("win_attn_fwd")
+    here = ship_child.pretended("nsa_autotune")
+    exact = make_winner(spec, PROBLEM)
+    longer = make_winner(spec, PROBLEM.replace(seq_q=4096, seq_k=4096), config=spec.default_config(PROBLEM))
+    given = (spec, PROBLEM, [exact, longer], here, exact.template_digest)
+    assert choose(*given).config == exact.config
+    passed = choose(*given, can_serve=lambda config: config != exact.config)
+    assert (passed.step, passed.config) == (Step.NEAREST, longer.config)
 
 
 def test_names_and_versions() -> None:
