@@ -30,7 +30,7 @@ from forward import without_places, write_page
 
 from nsa_autotune.cli.bench_report import markdown_table
 from nsa_autotune.cli.db import current_templates
-from nsa_autotune.codegen.render import template_digest
+from nsa_autotune.codegen.render import template_digest  # noqa: F401  fresh processes use it
 from nsa_autotune.db import TuningDatabase, TuningStore
 from nsa_autotune.dispatch.dispatcher import Dispatcher
 from nsa_autotune.dispatch.fingerprint import Fingerprint
@@ -48,8 +48,7 @@ NOTES = (
     "ms: median of the samples after the first, with the 20th and 80th percentile; first ms: the first in the process.",
     "CPU ms: median of this process's own time on a core. On a machine with other work ms is longer than that.",
     "Samples of all questions but those of fresh processes are taken in turns. The file lies in the page cache.",
-    "A fresh process opens the file and looks one problem up; its imports, and the template's digest that a first call"
-    " computes as well, are lines of their own.",
+    "A fresh process opens the file and looks one problem up; imports and the template's digest stand by themselves.",
     "lookup: the winners of one family and the ladder's choice among them, as on a kernel's first call.",
     f"Without a number of rows in its name a question asks for {ROWS} rows, as the command line does for a table.",
     "The trials are invented, so only times and numbers of rows mean anything here.",
