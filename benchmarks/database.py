@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from forward import without_places, write_page
 
 from nsa_autotune.cli.bench_report import markdown_table
 from nsa_autotune.cli.db import current_templates
+from nsa_autotune.codegen.render import template_digest  # noqa: F401  fresh processes use it
 from nsa_autotune.db import TuningDatabase, TuningStore
 from nsa_autotune.dispatch.dispatcher import Dispatcher
 from nsa_autotune.dispatch.fingerprint import Fingerprint
@@ -40,13 +41,14 @@ RESULTS = Path(__file__).parent / "results"
 FAMILY, GPU, TOKENS = "slc_attn_fwd", "H200", 65536
 OPEN_MARK_MS, LOOKUP_MARK_MS, BEST_MARK_MS, QUERY_MARK_MS = 100.0, 20.0, 50.0, 500.0
 ROWS = 50  # what the command line shows in a table
-FRESH_PROCESSES = 10
-COLUMNS = ("question", "rows", "ms", "p20..p80", "first ms", "mark ms")
-NUMBERS = ("rows", "ms", "p20..p80", "first ms", "mark ms")
+FRESH_PROCESSES = 6
+COLUMNS = ("question", "rows", "ms", "p20..p80", "CPU ms", "first ms", "mark ms")
+NUMBERS = COLUMNS[1:]
 NOTES = (
     "ms: median of the samples after the first, with the 20th and 80th percentile; first ms: the first in the process.",
+    "CPU ms: median of this process's own time on a core. On a machine with other work ms is longer than that.",
     "Samples of all questions but those of fresh processes are taken in turns. The file lies in the page cache.",
-    "A fresh process opens the file and looks one problem up; its imports are a line of their own.",
+    "A fresh process opens the file and looks one problem up; imports and the template's digest stand by themselves.",
     "lookup: the winners of one family and the ladder's choice among them, as on a kernel's first call.",
     f"Without a number of rows in its name a question asks for {ROWS} rows, as the command line does for a table.",
     "The trials are invented, so only times and numbers of rows mean anything here.",
@@ -54,15 +56,21 @@ NOTES = (
 # runs in a process of its own: python -c FRESH url
 FRESH = """
 import json, sys, time
-begin = time.perf_counter()
+def now():
+    return 1e3 * time.perf_counter(), 1e3 * time.process_time()
+marks = [now()]
 import database
-imported = time.perf_counter()
+marks.append(now())
 store = database.TuningStore(sys.argv[1])
-opened = time.perf_counter()
+marks.append(now())
+database.template_digest(database.get_spec(database.FAMILY))
+marks.append(now())
 count = database.look_up(store)
-done = time.perf_counter()
-print(json.dumps([1e3 * (imported - begin), 1e3 * (opened - imported), 1e3 * (done - opened), count]))
+marks.append(now())
+print(json.dumps([[[b[i] - a[i] for i in (0, 1)] for a, b in zip(marks, marks[1:])], count]))
 """
+FRESH_STEPS = ("imports, torch among them", "open", "digest of a template", "first lookup")
+FRESH_MARKS_MS = (None, OPEN_MARK_MS, None, LOOKUP_MARK_MS)
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,7 @@ class Found:
     question: str
     rows: int
     samples_ms: list[float]
+    cpu_ms: list[float]
     mark_ms: float | None
 
 
@@ -107,8 +116,7 @@ def main(arguments: Sequence[str]) -> int:
     }
     page = make_page(facts, found)
     print(page)
-    rows = [{"question": f.question, "rows": f.rows, "mark_ms": f.mark_ms, "samples_ms": f.samples_ms} for f in found]
-    data = json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n"
+    data = json.dumps({"facts": facts, "rows": [asdict(line) for line in found]}, indent=1) + "\n"
     write_page(options.folder / f"{facts['date'][:10]}-database", page, data)
     return 0
 
@@ -144,15 +152,16 @@ def counted(path: Path) -> Filled:
 
 def fresh(url: str, processes: int) -> Iterator[Found]:
     """Imports, opening and the first lookup, each in a process of its own."""
-    told = []
+    steps: list[list[list[float]]] = []
+    count = 0
     for _ in range(processes):
         command = [sys.executable, "-c", FRESH, url]
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-        told.append(json.loads(done.stdout))
-    imports, opened, looked, counts = (list(column) for column in zip(*told, strict=True))
-    yield Found("fresh process: imports, torch among them", 0, imports, None)
-    yield Found("fresh process: open", 0, opened, OPEN_MARK_MS)
-    yield Found("fresh process: first lookup", int(counts[0]), looked, LOOKUP_MARK_MS)
+        times, count = json.loads(done.stdout)
+        steps.append(times)
+    for name, mark_ms, each in zip(FRESH_STEPS, FRESH_MARKS_MS, zip(*steps, strict=True), strict=True):
+        wall, cpu = (list(column) for column in zip(*each, strict=True))
+        yield Found(f"fresh process: {name}", count if "lookup" in name else 0, wall, cpu, mark_ms)
 
 
 def look_up(store: TuningStore) -> int:
@@ -201,14 +210,16 @@ def lines(url: str, asked: TuningDatabase) -> list[Line]:
 
 def measure(questions: Sequence[Line], samples: int) -> list[Found]:
     """Ask all in turns; the first answer of each counts by itself."""
-    times: list[list[float]] = [[] for _ in questions]
+    wall: list[list[float]] = [[] for _ in questions]
+    cpu: list[list[float]] = [[] for _ in questions]
     rows = [0] * len(questions)
     for _ in range(samples + 1):
         for index, line in enumerate(questions):
-            start = time.perf_counter_ns()
+            start, start_cpu = time.perf_counter_ns(), time.process_time_ns()
             rows[index] = line.ask()
-            times[index].append((time.perf_counter_ns() - start) / 1e6)
-    return [Found(line.question, *rest, line.mark_ms) for line, *rest in zip(questions, rows, times, strict=True)]
+            cpu[index].append((time.process_time_ns() - start_cpu) / 1e6)
+            wall[index].append((time.perf_counter_ns() - start) / 1e6)
+    return [Found(line.question, *rest, line.mark_ms) for line, *rest in zip(questions, rows, wall, cpu, strict=True)]
 
 
 def make_page(facts: dict[str, str], found: Sequence[Found]) -> str:
@@ -221,12 +232,13 @@ def make_page(facts: dict[str, str], found: Sequence[Found]) -> str:
 
 def row_of(found: Found) -> tuple[object, ...]:
     """The cells of a line; every sample of a fresh process is a first one."""
-    first, *later = found.samples_ms
-    samples = found.samples_ms if found.question.startswith("fresh process") else later
+    skipped = 0 if found.question.startswith("fresh process") else 1
+    samples, cpu, first = found.samples_ms[skipped:], found.cpu_ms[skipped:], found.samples_ms[0]
     low, *_, high = statistics.quantiles(samples, n=5)
     middle = statistics.median(samples)
     mark = "" if found.mark_ms is None else f"{found.mark_ms:g} ({'met' if middle <= found.mark_ms else 'missed'})"
-    return (found.question, found.rows or "", f"{middle:.1f}", f"{low:.1f}..{high:.1f}", f"{first:.1f}", mark)
+    spread, own = f"{low:.1f}..{high:.1f}", f"{statistics.median(cpu):.1f}"
+    return (found.question, found.rows or "", f"{middle:.1f}", spread, own, f"{first:.1f}", mark)
 
 
 if __name__ == "__main__":

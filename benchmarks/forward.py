@@ -82,7 +82,7 @@ def without_places(arguments: Sequence[str]) -> list[str]:
     kept: list[str] = []
     words = iter(arguments)
     for word in words:
-        if word.partition("=")[0] not in ("--db", "--folder"):
+        if word.partition("=")[0] not in ("--db", "--folder", "--file"):
             kept.append(word)
         elif "=" not in word:
             next(words, None)

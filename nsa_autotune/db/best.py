@@ -27,8 +27,8 @@ def best_winners(
 
     Newest first.
     """
-    ids = _best_ids(session, about, current_templates)
-    return [winner_of(*row) for row in session.execute(select_winners([WinnerRow.id.in_(ids)], limit))]
+    ids = _best_ids(session, about, current_templates).limit(limit)
+    return [winner_of(*row) for row in session.execute(select_winners([WinnerRow.id.in_(ids)]))]
 
 
 def best_rows(
@@ -65,11 +65,12 @@ def _best_ids(session: Session, about: About, current_templates: Mapping[str, st
         partition_by=(FingerprintRow.gpu, ProblemRow.family, ProblemRow.problem_key, WinnerRow.policy),
         order_by=(VariantRow.template_digest.in_(digests).desc(), WinnerRow.created.desc(), WinnerRow.id.desc()),
     )
-    rows = select(WinnerRow.id, place.label("place"))
+    rows = select(WinnerRow.id, WinnerRow.created, place.label("place"))
     for other in (FingerprintRow, ProblemRow, VariantRow):
         rows = rows.join(other)
     ranked = rows.where(*winners_about(session, about)).subquery()
-    return select(ranked.c.id).where(ranked.c.place == 1)
+    best = select(ranked.c.id).where(ranked.c.place == 1)
+    return best.order_by(ranked.c.created.desc(), ranked.c.id.desc())
 
 
 def _columns(winner: WinnerRecord, current_templates: Mapping[str, str] | None) -> dict[str, Any]:

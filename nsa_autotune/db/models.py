@@ -22,6 +22,8 @@ NAMING = {
 
 FINAL = text("stage = 'final'")  # a literal: a bound value would keep SQLite from using the partial index
 
+CHOICE = ("policy", "created", "variant_id")  # what one winner is chosen by
+
 
 class CanonicalJSON(TypeDecorator[Any]):
     """A JSON value, kept as canonical text: the same bytes in every database."""
@@ -123,10 +125,14 @@ class WinnerRow(Base):
     """What is served: one row for each (fingerprint, family, problem key, template, policy); `digest` is their key."""
 
     __tablename__ = "nsa_winners"
-    __table_args__ = (Index(None, "problem_id", "fingerprint_id"),)
+    # both cover what chooses among winners: samples and rivals make their rows wide
+    __table_args__ = (
+        Index("ix_nsa_winners_by_problem", "problem_id", "fingerprint_id", *CHOICE),
+        Index("ix_nsa_winners_by_machine", "fingerprint_id", "problem_id", *CHOICE),
+    )
     id: Mapped[int] = mapped_column(primary_key=True)
     digest: Mapped[str] = mapped_column(unique=True)
-    fingerprint_id: Mapped[int] = mapped_column(ForeignKey(FingerprintRow.id), index=True)
+    fingerprint_id: Mapped[int] = mapped_column(ForeignKey(FingerprintRow.id))
     problem_id: Mapped[int] = mapped_column(ForeignKey(ProblemRow.id))
     variant_id: Mapped[int] = mapped_column(ForeignKey(VariantRow.id))
     trial_id: Mapped[int | None] = mapped_column(ForeignKey(TrialRow.id))  # the evidence, where it was measured here
