@@ -77,7 +77,6 @@ On another GPU it raises an error, unless `open_dispatcher(allow_other_gpu=True)
 $variable=1 is set. A problem between the tuned ones is served by the nearest, which is logged once;
 one that no kernel here can serve raises an error.
 $binaries
-
 ## What is in it
 `$name/tuned/` holds the kernels as readable Python, `$name/dispatch.json` says which serves what, and
 `$name/PROVENANCE.json` names the rows of the tuning database, digests of all files, and the errors that the kernels'
@@ -108,7 +107,8 @@ def readme(
     """What the package is, how it is used, and a row for each winner."""
     shape = max(winners, key=lambda w: int(w.problem["num_q_heads"])).problem
     fields = {field: shape[field] for field in ("d_qk", "d_v")}
-    binaries = f"Compiled binaries for {', '.join(targets)} are in `{name}/binaries/`." if targets else ""
+    used = "They serve under the Triton that made them, named in its `index.json`; another one compiles, and says so."
+    binaries = f"\nCompiled binaries for {', '.join(targets)} are in `{name}/binaries/`. {used}\n" if targets else ""
     return _README.substitute(
         project=name.replace("_", "-"),
         name=name,
