@@ -31,11 +31,11 @@ BIN := $(VENV)/bin
 REQUIREMENT := $(if $(filter cpu,$(BUILD)),$(TORCH_CPU),$(TORCH_CUDA))
 STAMP := $(VENV)/.ready-$(BUILD)
 
-.PHONY: help setup tune test test-gpu fuzz kill sanitize bench lint format goldens wheel smoke clean
+.PHONY: help setup tune test test-gpu test-browser fuzz kill sanitize bench lint format goldens wheel smoke clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
-	@echo "targets: setup tune test test-gpu fuzz kill sanitize bench lint format goldens wheel smoke clean"
+	@echo "targets: setup tune test test-gpu test-browser fuzz kill sanitize bench lint format goldens wheel smoke clean"
 
 setup: $(STAMP)
 
@@ -56,6 +56,10 @@ test: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
+
+test-browser: $(STAMP)  ## needs chromium with its driver: apt-get install chromium chromium-driver
+	$(BIN)/python -m pip install --quiet --editable ".[browser]"
+	$(BIN)/python -m pytest tests/cpu/test_report_browser.py $(PYTEST_ARGS)
 
 fuzz: $(STAMP)  ## 10,000 hostile files, where `make test` tries a hundred
 	HYPOTHESIS_EXAMPLES=10000 $(BIN)/python -m pytest tests/cpu/test_db_fuzz.py $(PYTEST_ARGS)

@@ -104,8 +104,8 @@ def main(arguments: Sequence[str]) -> int:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options; all have defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=40)
-    parser.add_argument("--calls", type=int, default=200)
+    parser.add_argument("--samples", type=int, default=150)
+    parser.add_argument("--calls", type=int, default=20, help="few, as kernels alternate in a model")
     parser.add_argument("--folder", type=Path, default=RESULTS)
     return parser.parse_args(arguments)
 

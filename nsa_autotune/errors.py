@@ -61,6 +61,14 @@ class NotTuned(NSAError, LookupError):
     """strict=True and no exact winner is known."""
 
 
+class NotShipped(NSAError, LookupError):
+    """A problem that no kernel of a shipped package serves."""
+
+
+class OtherGPU(NSAError, RuntimeError):
+    """Kernels of a shipped package that were tuned on another GPU, where nobody allowed that."""
+
+
 class StoreError(NSAError, RuntimeError):
     """A database that is damaged, newer than this program, read-only or busy."""
 

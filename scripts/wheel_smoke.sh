@@ -77,5 +77,14 @@ assert y.shape == (1, 100, 64) and torch.isfinite(y).all()
 print("served one forward on the CPU")
 PY
 "$work/venv/bin/nsa-autotune" --help >/dev/null
+"$work/venv/bin/nsa-autotune" report --db "sqlite:///$work/home/report.sqlite" --out "$work/home/report"
+grep -q 'id="report-data"' "$work/home/report/index.html"
+env HOME="$work/home" XDG_DATA_HOME="$work/home/data" "$work/venv/bin/nsa-autotune" ship --gpu H200 --seq 8k --out "$work/shipped"
+"$fresh" -m pip uninstall --quiet --yes nsa-autotune
+PYTHONPATH="$work/shipped" "$fresh" -c '
+import nsa_tuned_h200, torch
+y = nsa_tuned_h200.NativeSparseAttention(64, 4, 2, 16)(torch.randn(1, 100, 64))
+assert torch.isfinite(y).all()
+print("the shipped package served one forward without nsa-autotune")'
 test -z "$(ls -A "$work/empty")" || { echo "files were left in the working folder: $(ls -A "$work/empty")" >&2; exit 1; }
 echo "wheel smoke test passed"

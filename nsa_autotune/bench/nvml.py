@@ -89,8 +89,12 @@ def make_watch(device: Any) -> Watch:
 
 
 def _others(pids: Sequence[int]) -> int:
-    """Processes besides this one; in a container NVML may give pids of the host, where one of them is ours."""
-    return len(pids) - 1 if pids and os.getpid() not in pids else sum(pid != os.getpid() for pid in pids)
+    """Processes besides this one and the tuner that started it.
+
+    In a container NVML may give pids of the host, of which one is ours.
+    """
+    ours = (os.getpid(), os.getppid())
+    return len(pids) - 1 if pids and ours[0] not in pids else sum(pid not in ours for pid in pids)
 
 
 def was_disturbed(before: GpuState | None, after: GpuState | None) -> str:

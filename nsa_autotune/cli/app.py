@@ -11,7 +11,7 @@ import typer
 
 from .. import __version__
 from ..errors import NSAError
-from . import bench, codesign, cover, db, doctor, recertify, render, replay, tune
+from . import bench, codesign, cover, db, db_ask, db_stats, doctor, recertify, render, replay, report, ship, tune
 from .console import errors
 
 EXIT_MISTAKE = 2
@@ -31,6 +31,14 @@ app.command("codesign")(codesign.codesign)
 app.command("cover")(cover.cover)
 app.command("doctor")(doctor.doctor)
 app.command("replay")(replay.replay)
+app.command("report")(report.report)
+app.command("ship")(ship.ship)
+db.app.command("best")(db_ask.best)
+db.app.command("compare")(db_ask.compare)
+db.app.command("history")(db_ask.history)
+db.app.command("stats")(db_stats.stats)
+db.app.command("sql")(db_stats.sql)
+db.app.command("studies")(report.studies)
 app.add_typer(db.app, name="db")
 
 

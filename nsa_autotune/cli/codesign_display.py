@@ -2,47 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import MofNCompleteColumn
 
 from ..search.progress import Outcome, Plan, TrialEvent
-from .progress import outcome_lines
+from .progress import BarDisplay, outcome_lines
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from ..db.designs import DesignRecord
     from ..errors import NoConfigWorks
     from ..search.designs import Design
 
 
-class CodesignDisplay:
+class CodesignDisplay(BarDisplay):
     """Implements `search.codesign.CodesignProgress`, and `search.progress.Progress` for the kernels of a design."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
+        super().__init__(console, MofNCompleteColumn(), "dense attention", None)
         self.num_failed = 0
         self._head = self._family = ""
-        columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
-        self._bar = Progress(
-            TextColumn("{task.description}"), *columns, TimeElapsedColumn(), console=console, transient=True
-        )
-        self._task = self._bar.add_task("dense attention", total=None, state="")
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
-
-    def note(self, text: str) -> None:
-        """A line above the bar."""
-        self.console.print(text, markup=False, soft_wrap=True)
 
     def begin(self, design: Design, number: int, total: int) -> None:
         """Name the design."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import re
 from collections.abc import Sequence
 from enum import StrEnum
@@ -15,9 +12,9 @@ import typer
 
 from ..errors import InvalidInput
 from . import db_share, options
-from .console import make_table, output, problem_text
+from .console import problem_text
+from .rows import FormatOption, LimitOption, OutOption, RowFormat, check_output, give_rows, limit_of
 
-DEFAULT_LIMIT = 50  # rows of a table; other formats give all
 # `problem` is made here, of the problem's fields, so that a row fits a screen
 WINNER_COLUMNS = [
     *("gpu", "family", "problem", "median_us", "p20_us", "p80_us"),
@@ -33,12 +30,9 @@ LESS_IMPORTANT = [
     *("p20_us", "p80_us", "library", "library_median_us", "source", "stage", "config", "gpu"),
     *("occupancy", "shared_bytes", "spill_bytes", "registers", "predicted_us", "stale"),
 ]
-MAX_CELL_CHARS = 60  # of a reason or config in a table
 
 app = typer.Typer(help="Query, share and tidy the tuning database.", no_args_is_help=True)
 db_share.register(app)
-
-Row = dict[str, Any]
 
 
 class Table(StrEnum):
@@ -83,18 +77,19 @@ def query(
     columns: Annotated[
         list[str] | None, typer.Option("--columns", help="Columns to print, such as family,config.")
     ] = None,
-    style: Annotated[Format, typer.Option("--format")] = Format.table,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help=f"Rows; {DEFAULT_LIMIT} for a table.")] = None,
+    style: FormatOption = RowFormat.table,
+    out: OutOption = None,
+    limit: LimitOption = None,
     db: options.DbOption = None,
 ) -> None:
     """List winners or trials, newest first; times are in microseconds."""
-    from ..codegen.render import template_digest
     from ..db.store import TuningStore
-    from ..kernels import all_specs, get_spec
+    from ..kernels import get_spec
 
     if family is not None:
         get_spec(family)
     _check_choices(status, kind)
+    check_output(style, out)
     chosen = table or (Table.trials if status or kind else Table.winners)
     with TuningStore(db) as store:
         rows = store.query(
@@ -104,16 +99,16 @@ def query(
             status=status,
             kind=kind or "measured",
             table=chosen.value,
-            limit=limit or (DEFAULT_LIMIT if style is Format.table else None),
-            current_templates={name: template_digest(spec) for name, spec in all_specs().items()},
+            limit=limit_of(style, limit),
+            current_templates=current_templates(),
         )
     asked, known = options.split(columns, "--columns"), all_columns(chosen)
-    if style is Format.table:
+    if style is RowFormat.table:
         rows = [{"problem": problem_text(row, row["family"]), **row} for row in rows]
         known = ["problem", *known]
     _check_columns(asked, known)
     wanted = asked or default_columns(chosen, style, kind) or known
-    _print_rows(rows, wanted, style, chosen.value, () if asked else LESS_IMPORTANT)
+    give_rows(rows, wanted, style, out, title=chosen.value, less_important=() if asked else LESS_IMPORTANT)
 
 
 @app.command("export")
@@ -167,6 +162,14 @@ def print_path(db: options.DbOption = None) -> None:
     typer.echo(str(parse_location(chosen_url(db))))
 
 
+def current_templates() -> dict[str, str]:
+    """The present template digest of each family: what tells that a record is stale."""
+    from ..codegen.render import template_digest
+    from ..kernels import all_specs
+
+    return {family: template_digest(spec) for family, spec in all_specs().items()}
+
+
 def problem_filter(asked: dict[str, str]) -> dict[str, str]:
     """The fields asked for, with 64k and bf16 as the database writes them."""
     from ..search.presets import parse_seq_lens
@@ -182,9 +185,9 @@ def problem_filter(asked: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def default_columns(table: Table, style: Format, kind: str | None) -> list[str]:
+def default_columns(table: Table, style: RowFormat, kind: str | None) -> list[str]:
     """The columns that fit a screen; none means all."""
-    if style is not Format.table:
+    if style is not RowFormat.table:
         return []
     if table is Table.winners:
         return WINNER_COLUMNS
@@ -217,26 +220,3 @@ def _check_columns(asked: Sequence[str], known: Sequence[str]) -> None:
     unknown = [name for name in asked if name not in known]
     if unknown:
         raise InvalidInput("there are no such columns", {"columns": unknown}, f"Columns: {', '.join(known)}.")
-
-
-def _print_rows(
-    rows: Sequence[Row], names: Sequence[str], style: Format, title: str, less_important: Sequence[str]
-) -> None:
-    if style is Format.json:
-        typer.echo(json.dumps([{name: row[name] for name in names} for row in rows], indent=1))
-    elif style is Format.csv:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        typer.echo(text.getvalue(), nl=False)
-    else:
-        numbers = {name for row in rows for name in names if isinstance(row[name], int | float)}
-        cells = [[_shorten(row[name]) for name in names] for row in rows]
-        output().print(make_table(f"{title}: {len(rows)} rows", names, cells, numbers, less_important))
-
-
-def _shorten(value: object) -> object:
-    if isinstance(value, str) and len(value) > MAX_CELL_CHARS:
-        return " ".join(value.split())[: MAX_CELL_CHARS - 3] + "..."
-    return value

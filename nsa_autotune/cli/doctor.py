@@ -77,16 +77,18 @@ def gpu_facts() -> Iterator[Fact]:
 
 def database_facts(store: TuningStore) -> Iterator[Fact]:
     """Where the database lies, its schema, and how much it holds."""
+    from ..db.counts import count_statuses, count_winners, troubled_trials
     from ..db.migrate import head_revision  # an open store always has it
 
     yield "location", f"{store.location}{' (read-only)' if store.read_only else ''}"
     yield "schema", head_revision()
-    yield "winners", str(len(store.winners()))
-    trials = store.trials()
-    statuses = Counter(trial.status for trial in trials)
-    yield "measured trials", ", ".join(f"{count} {status}" for status, count in statuses.most_common()) or "none"
-    yield "in quarantine", quarantine_text(trials)
-    yield "predictions", str(len(store.trials(kind="predicted")))
+    with store.reading() as session:
+        winners, troubled = count_winners(session), troubled_trials(session)
+        statuses, predicted = (count_statuses(session, kind) for kind in ("measured", "predicted"))
+    yield "winners", str(winners)
+    yield "measured trials", ", ".join(f"{count} {status}" for status, count in statuses.items()) or "none"
+    yield "in quarantine", quarantine_text(troubled)
+    yield "predictions", str(sum(predicted.values()))
 
 
 def quarantine_text(trials: Sequence[TrialRecord]) -> str:

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 
 from ..search.progress import WORKED, Outcome, Plan, TrialEvent
 from .console import gain_text, problem_text
@@ -15,24 +15,16 @@ from .console import gain_text, problem_text
 SHOWN_REASONS = 3  # most frequent reasons printed for a problem without a winner
 
 
-class TuneDisplay:
-    """Implements `search.progress.Progress`: a bar while a problem is under way, one line when it is done."""
+class BarDisplay:
+    """One bar with a description in front and a state behind, gone when it is left; lines above it stay."""
 
-    def __init__(self, console: Console, num_problems: int) -> None:
+    def __init__(self, console: Console, progress: ProgressColumn, description: str, total: float | None) -> None:
         self.console = console
-        self.outcomes: list[Outcome] = []
-        self._num_problems = num_problems
-        self._failed = 0
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), progress)
         self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[state]}"),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
+            *columns, TextColumn("{task.fields[state]}"), TimeElapsedColumn(), console=console, transient=True
         )
-        self._task = self._bar.add_task("starting", total=1.0, state="")
+        self._task = self._bar.add_task(description, total=total, state="")
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -43,13 +35,23 @@ class TuneDisplay:
     ) -> None:
         self._bar.stop()
 
-    def say(self, text: str) -> None:
-        """Describe what is done before the first problem."""
-        self._bar.reset(self._task, description=text, total=None, state="")
-
     def note(self, text: str) -> None:
         """A line above the bar."""
         self.console.print(text, markup=False, soft_wrap=True)
+
+
+class TuneDisplay(BarDisplay):
+    """Implements `search.progress.Progress`: a bar while a problem is under way, one line when it is done."""
+
+    def __init__(self, console: Console, num_problems: int) -> None:
+        super().__init__(console, TextColumn("{task.percentage:>3.0f}%"), "starting", 1.0)
+        self.outcomes: list[Outcome] = []
+        self._num_problems = num_problems
+        self._failed = 0
+
+    def say(self, text: str) -> None:
+        """Describe what is done before the first problem."""
+        self._bar.reset(self._task, description=text, total=None, state="")
 
     def start(self, plan: Plan) -> None:
         """Reset the bar."""

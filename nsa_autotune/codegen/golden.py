@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..spec import Config, KernelSpec, Problem
-from .load import source_path, write_atomic
+from .files import write_atomic
+from .load import source_path
 from .paths import CHECKOUT
 from .render import render
 

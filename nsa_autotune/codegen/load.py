@@ -4,32 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import sys
-import tempfile
 import traceback
 from pathlib import Path
 from types import ModuleType
 
 from ..errors import KernelError
+from .files import write_atomic
 from .linemap import Origin, explain_line
 from .paths import generated_dir
 from .render import Rendered
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file so that readers see all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def source_path(rendered: Rendered, folder: Path | None = None) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from .database import TuningDatabase
+from .lookup import open_for_lookup
 from .records import TrialRecord, WinnerRecord
-from .store import TuningStore, open_for_lookup
+from .store import TuningStore
 
-__all__ = ["TrialRecord", "TuningStore", "WinnerRecord", "open_for_lookup"]
+__all__ = ["TrialRecord", "TuningDatabase", "TuningStore", "WinnerRecord", "open_for_lookup"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from sqlalchemy import Dialect, Double, ForeignKey, Index, MetaData, String, Text
+from sqlalchemy import Dialect, Double, ForeignKey, Index, MetaData, String, Text, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
@@ -18,6 +18,9 @@ NAMING = {
     "fk": "fk_%(table_name)s_%(column_0_N_name)s",
     "pk": "pk_%(table_name)s",
 }
+
+
+FINAL = text("stage = 'final'")  # a literal: a bound value would keep SQLite from using the partial index
 
 
 class CanonicalJSON(TypeDecorator[Any]):
@@ -86,7 +89,12 @@ class TrialRow(Base):
     """A measurement, a failure or a prediction; never changed after it is written."""
 
     __tablename__ = "nsa_trials"
-    __table_args__ = (Index(None, "problem_id", "fingerprint_id", "kind"),)
+    __table_args__ = (
+        # both cover what filters and sorts, so that wide rows are read for the answer only
+        Index(None, "problem_id", "fingerprint_id", "kind", "status", "created"),
+        Index(None, "kind", "created", "status", "fingerprint_id", "problem_id"),
+        Index("ix_nsa_trials_final", "problem_id", "fingerprint_id", sqlite_where=FINAL, postgresql_where=FINAL),
+    )
     id: Mapped[int] = mapped_column(primary_key=True)
     digest: Mapped[str] = mapped_column(unique=True)
     fingerprint_id: Mapped[int] = mapped_column(ForeignKey(FingerprintRow.id))
@@ -115,6 +123,7 @@ class WinnerRow(Base):
     """What is served: one row for each (fingerprint, family, problem key, template, policy); `digest` is their key."""
 
     __tablename__ = "nsa_winners"
+    __table_args__ = (Index(None, "problem_id", "fingerprint_id"),)
     id: Mapped[int] = mapped_column(primary_key=True)
     digest: Mapped[str] = mapped_column(unique=True)
     fingerprint_id: Mapped[int] = mapped_column(ForeignKey(FingerprintRow.id), index=True)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, select
+from sqlalchemy import ColumnElement, Select, select
 from sqlalchemy.orm import Session
 
 from ..errors import UnknownName
 from ..spec import canonical_json
 from .checks import KINDS, STATUSES
-from .models import FingerprintRow, ProblemRow, TrialRow
+from .models import TrialRow
+from .narrow import About, trials_about, winners_about
 from .records import TrialRecord, WinnerRecord
 from .rows import select_trials, select_winners, trial_of, winner_of
 
@@ -46,21 +47,20 @@ def query_rows(
 ) -> list[dict[str, Any]]:
     """See `TuningStore.query`."""
     _check_names(table=table, kind=kind, status=status)
-    where: list[ColumnElement[bool]] = []
-    if gpu:
-        where.append(func.lower(FingerprintRow.gpu).contains(gpu.lower(), autoescape=True))
-    if family:
-        where.append(ProblemRow.family == family)
-    if problem:
-        where.append(ProblemRow.id.in_(_matching_problems(session, problem)))
+    about = About(gpu or "", family or "", problem or {})
     if table == "winners":
-        winners = (winner_of(*row) for row in session.execute(select_winners(where, limit)))
-        return [winner_columns(record, current_templates) for record in winners]
-    where.append(TrialRow.kind == kind)
+        winners = session.execute(select_winners(winners_about(session, about), limit))
+        return [winner_columns(winner_of(*row), current_templates) for row in winners]
+    where = [TrialRow.kind == kind, *trials_about(session, about)]
     if status:
         where.append(TrialRow.status == status)
-    trials = (trial_of(*row) for row in session.execute(select_trials(where, limit)))
-    return [trial_columns(record, current_templates) for record in trials]
+    found = session.execute(select_trials([TrialRow.id.in_(newest_trials(where, limit))]))
+    return [trial_columns(trial_of(*row), current_templates) for row in found]
+
+
+def newest_trials(where: Sequence[ColumnElement[bool]], limit: int | None) -> Select[int]:
+    """Ids, which an index alone gives where it covers the conditions: wide rows are read for the answer only."""
+    return select(TrialRow.id).where(*where).order_by(TrialRow.created.desc(), TrialRow.id.desc()).limit(limit)
 
 
 def winner_columns(record: WinnerRecord, current_templates: Mapping[str, str] | None) -> dict[str, Any]:
@@ -141,28 +141,3 @@ def _check_names(*, table: str, kind: str, status: str | None) -> None:
         raise UnknownName(
             "winners are measured and have no status", {"kind": kind, "status": status}, "Ask the table `trials`."
         )
-
-
-def _matching_problems(session: Session, asked: Mapping[str, object]) -> list[int]:
-    known: set[str] = set()
-    matching = []
-    for row_id, problem in session.execute(select(ProblemRow.id, ProblemRow.problem)):
-        flat = {**problem, **problem.get("nsa", {})}
-        flat.pop("nsa", None)
-        known |= flat.keys()
-        if all(name in flat and _same(flat[name], value) for name, value in asked.items()):
-            matching.append(row_id)
-    unknown = sorted(asked.keys() - known)
-    if unknown and known:
-        raise UnknownName("a problem has no such field", {"fields": unknown}, f"Fields: {', '.join(sorted(known))}.")
-    return matching
-
-
-def _same(stored: object, asked: object) -> bool:
-    """Equal, where the asked value may come as text from a command line."""
-    if isinstance(stored, int | float) and isinstance(asked, str):
-        try:
-            return float(asked) == stored
-        except ValueError:
-            return False
-    return stored == asked

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -27,10 +26,11 @@ from .engine import (
     store_errors,
 )
 from .exchange import RECORD_TYPES, Record, format_lines, parse_lines, write_atomically
+from .known import KnownWinner, read_known
 from .merge import ImportSummary, add_records, merge_file, merge_store
 from .migrate import ensure_schema, lock_setup
 from .models import ShippedFileRow, WinnerRow
-from .paths import DATABASE_VARIABLE, chosen_url, shipped_files
+from .paths import chosen_url, shipped_files
 from .query import query_rows
 from .records import TrialRecord, WinnerRecord
 from .rows import insert_trial, read_predictions, read_trials, read_winners, upsert_winner
@@ -160,6 +160,11 @@ class TuningStore:
         with self._transaction() as session:
             return read_winners(session, where)
 
+    def known_winners(self, *, family: str) -> list[KnownWinner]:
+        """What the dispatcher reads of a family's winners, newest first; faster than whole records."""
+        with self._transaction() as session:
+            return read_known(session, family)
+
     def add_design(self, record: DesignRecord) -> bool:
         """Store a point of a co-design study; False if the study holds it already on this fingerprint."""
         with self._transaction(write=True) as session:
@@ -204,6 +209,10 @@ class TuningStore:
                 limit=limit,
                 current_templates=current_templates,
             )
+
+    def reading(self) -> AbstractContextManager[Session]:
+        """A transaction for questions of other kinds; see TuningDatabase."""
+        return self._transaction()
 
     def export_jsonl(
         self,
@@ -280,15 +289,3 @@ class TuningStore:
         engine = for_writing(self._engine) if write else self._engine
         with self._lock, store_errors(self.location), Session(engine) as session, session.begin():
             yield session
-
-
-def open_for_lookup(url: str | None = None) -> TuningStore:
-    """A store to look winners up in; if the default file cannot be made, the shipped winners alone, in memory."""
-    try:
-        return TuningStore(url)
-    except StoreError as error:
-        default = parse_location(chosen_url(url))
-        if url or os.environ.get(DATABASE_VARIABLE) or default.path is None or default.path.exists():
-            raise
-        logger.warning("%s Only the shipped winners are served.", error)
-        return TuningStore("sqlite://")

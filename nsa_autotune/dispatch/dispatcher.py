@@ -7,51 +7,25 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import FunctionType
-from typing import Any, Protocol
+from typing import Any
 
-from ..codegen.load import explain, load
-from ..codegen.render import Rendered, render, template_digest
 from ..config import NSAConfig
 from ..errors import InvalidInput, KernelError, NotTuned
 from ..spec import DEFAULT_LOCALITY, DEFAULT_POLICY, Config, KernelSpec, Problem
 from .fingerprint import Fingerprint, current
 from .ladder import Choice, Step, Winner, choose, choose_predicted
 from .misses import Misses
-from .plan import PreparedLaunch
 from .self_test import require_prepared_launches
+from .sources import default_kernels
+from .variant import KernelSource, Serve, Variant, WinnerSource
 
-logger = logging.getLogger("nsa_autotune")
+logger = logging.getLogger(__name__.partition(".")[0])
 
-Serve = Callable[[Mapping[str, Any]], None]  # launches with the tensors and numbers of one call, by name
 # Operators of torch.library take tensors, numbers and strings only, so a dispatcher goes by a number.
 _numbers = itertools.count(1)
 _dispatchers: weakref.WeakValueDictionary[int, Dispatcher] = weakref.WeakValueDictionary()
-
-
-class WinnerSource(Protocol):
-    """Where winners come from: the tuning database, or a list in a test."""
-
-    def winners(self, *, family: str) -> Sequence[Winner]:
-        """All winners of one family."""
-
-
-@dataclass(frozen=True, eq=False)
-class Variant:
-    """A rendered kernel and its module's launch function."""
-
-    rendered: Rendered
-    launch: FunctionType
-
-    def serve(self, trusted: Callable[[], None], ordinary: Counter[str]) -> Serve:
-        """What launches it for one shape."""
-        return PreparedLaunch(self.launch, trusted, ordinary, self._explained)
-
-    def _explained(self, error: Exception) -> KernelError:
-        """The compiler's own errors name generated lines; say which template lines."""
-        return KernelError(f"{self.rendered.family} failed: {explain(error, self.rendered)}")
 
 
 class Dispatcher:
@@ -60,8 +34,8 @@ class Dispatcher:
     strict: raise NotTuned unless an exact winner is known. locality: how alike the selections of adjacent tokens are
     assumed to be (the tensors do not tell without a synchronisation); 0 is the worst case. policy: whose winners go
     first (decoding from CUDA graphs wants those of "graph-cold"). trusted: raises CannotPrepareError where launches
-    must not be prepared (by default where they fail their self-test).
-    Winners are read once a family; `refresh` forgets them.
+    must not be prepared (by default where they fail their self-test). kernels: where they come from (by default they
+    are rendered). Winners are read once a family; `refresh` forgets them.
     """
 
     def __init__(
@@ -73,6 +47,7 @@ class Dispatcher:
         policy: str = DEFAULT_POLICY,
         fingerprint: Fingerprint | None = None,
         trusted: Callable[[], None] = require_prepared_launches,
+        kernels: KernelSource | None = None,
     ) -> None:
         self.number = next(_numbers)
         _dispatchers[self.number] = self
@@ -85,6 +60,7 @@ class Dispatcher:
         self._source = source
         self._fingerprint = fingerprint
         self._trusted = trusted
+        self._kernels = default_kernels() if kernels is None else kernels
         self._plans: dict[Hashable, Serve] = {}
         self._winners: dict[str, Sequence[Winner]] = {}
         self._choices: dict[tuple[str, str], Choice] = {}  # by family and problem key: lengths of a bucket share one
@@ -106,6 +82,7 @@ class Dispatcher:
                 "policy": self.policy,
                 "fingerprint": self._fingerprint,
                 "trusted": self._trusted,
+                "kernels": self._kernels,
             }
             self._strict_twin = Dispatcher(self._source, strict=True, **how)
             self._strict_twin.misses, self._strict_twin.ordinary = self.misses, self.ordinary
@@ -167,6 +144,7 @@ class Dispatcher:
     def choose(self, spec: KernelSpec, problem: Problem, device: Any = "cuda:0") -> Choice:
         """The config that serves the problem; logs once below the first step, raises NotTuned if strict."""
         here = self._fingerprint or current(str(device))
+        self._kernels.check_gpu(here)
         spec.check_problem(problem)
         choice = self._choose(spec, problem, here)
         if choice.step is not Step.EXACT:
@@ -180,20 +158,32 @@ class Dispatcher:
         if known is not None and spec.broken_constraint(problem, known.config) is None:
             return Choice(dict(known.config), known.step, known.tuned_key)
         if spec.family not in self._winners:
-            self._winners[spec.family] = () if self._source is None else self._source.winners(family=spec.family)
-        choice = choose(spec, problem, self._winners[spec.family], here, template_digest(spec), self.policy)
+            self._winners[spec.family] = self._known_winners(spec.family)
+        refusal = partial(self._kernels.refusal, spec, problem)
+        how = (self._kernels.template_digest(spec), self.policy, lambda config: refusal(config) is None)
+        choice = choose(spec, problem, self._winners[spec.family], here, *how)
         if choice.step is Step.DEFAULT and not self.strict:
             choice = self._predicted(spec, problem, here) or choice
+        refused = refusal(choice.config)
+        if refused is not None:
+            raise refused
         if choice.step is not Step.DEFAULT:  # a default is made for the very problem
             self._choices[key] = choice
         return Choice(dict(choice.config), choice.step, choice.tuned_key)
+
+    def _known_winners(self, family: str) -> Sequence[Winner]:
+        if self._source is None:
+            return ()
+        # a database gives the fields that the ladder reads in a fraction of the time that whole records take
+        read: Callable[..., Sequence[Winner]] = getattr(self._source, "known_winners", self._source.winners)
+        return read(family=family)
 
     def _predicted(self, spec: KernelSpec, problem: Problem, here: Fingerprint) -> Choice | None:
         """What a cost model takes for the fastest here, where the source has predictions."""
         predictions = getattr(self._source, "predictions", None)  # a source need not have any
         if predictions is None:
             return None
-        digest = template_digest(spec)
+        digest = self._kernels.template_digest(spec)
         found = predictions(family=spec.family, capability=here.capability, template_digest=digest)
         return choose_predicted(spec, problem, found, here, digest)
 
@@ -211,10 +201,9 @@ class Dispatcher:
     def _load(self, spec: KernelSpec, problem: Problem, config: Config) -> Variant:
         spec.check_problem(problem)
         spec.check_config(problem, config)
-        digest = spec.variant_digest(problem, config, template_digest(spec))
-        if digest not in self._variants:  # a new length of a known variant renders nothing
-            rendered = render(spec, problem, config)
-            self._variants[digest] = Variant(rendered, load(rendered).launch)
+        digest = spec.variant_digest(problem, config, self._kernels.template_digest(spec))
+        if digest not in self._variants:  # a new length of a known variant loads nothing
+            self._variants[digest] = self._kernels.load(spec, problem, config)
         return self._variants[digest]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
@@ -92,17 +92,25 @@ def choose(
     here: Fingerprint,
     template_digest: str,
     policy: str = DEFAULT_POLICY,
+    can_serve: Callable[[Config], bool] = lambda config: True,
 ) -> Choice:
-    """The best known config that is legal for the problem; of equals, the one measured under `policy`."""
+    """The best known config that is legal for the problem; of equals, the one measured under `policy`.
+
+    `can_serve` tells whether there is a kernel for a legal config.
+    """
     key = spec.problem_key(problem)
+    gaps: dict[str, float] = {}
     ranked: list[tuple[int, float, bool, str, Choice]] = []
     order = list(Step)
     for winner in winners:
-        if winner.template_digest != template_digest or spec.broken_constraint(problem, winner.config) is not None:
+        if winner.template_digest != template_digest:
             continue
-        gap = distance(spec, problem, winner.problem_key)
+        gap = gaps.get(winner.problem_key)
+        if gap is None:  # the first lookup is waited for, and many winners share a problem
+            gap = gaps[winner.problem_key] = distance(spec, problem, winner.problem_key)
         step = _step(winner, key, gap, here, policy)
-        if step is not None:
+        legal = step is not None and spec.broken_constraint(problem, winner.config) is None
+        if step is not None and legal and can_serve(winner.config):
             choice = Choice(dict(winner.config), step, winner.problem_key)
             ranked.append((order.index(step), gap, winner.policy != policy, winner.problem_key, choice))
     if not ranked:

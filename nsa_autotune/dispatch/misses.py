@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..codegen.load import write_atomic
+from ..codegen.files import write_atomic
 from ..errors import InvalidInput, NSAError, UnknownName
 from ..kernels import get_spec
 from ..spec import KernelSpec, Problem, canonical_json

@@ -27,7 +27,7 @@ _address = Tensor.data_ptr
 _contiguous = Tensor.is_contiguous
 _dtype: Callable[[Tensor], torch.dtype] = Tensor.dtype.__get__  # type: ignore[attr-defined]
 
-Tensors = list[Tensor]
+Tensors = Any  # a list, or a tuple where nothing is made
 Pool = list[Any]  # the plan's constants, then the address of each tensor by its number
 Do = Callable[[Tensors, Pool, int], None]
 Plan = Callable[[Mapping[str, Any]], bool]
@@ -52,26 +52,32 @@ def make_plan(recording: Recording, arguments: Mapping[str, Any], device: int, s
     numbers = getter([name for name in arguments if name not in names])
     expected, flat, dtypes = numbers(arguments), list(map(_contiguous, given)), list(map(_dtype, given))
     views = [(number, given[number].stride()) for number, is_flat in enumerate(flat) if not is_flat]
+    all_flat = all(flat)
     constants, steps = compile_steps(recording, len(given))
+    only = steps[0] if len(steps) == 1 else None  # a kernel by itself: nothing is added to the tensors
 
     def plan(arguments: Mapping[str, Any]) -> bool:
         try:
             if len(arguments) != count or numbers(arguments) != expected:
                 return False
-            tensors = list(pick(arguments))
+            tensors = pick(arguments)
             addresses = list(map(_address, tensors))
         except (KeyError, TypeError):  # other names, or None where the recording had a tensor
             return False
         if (
             reduce(or_, addresses, 0) & ALIGNMENT_MASK
-            or list(map(_contiguous, tensors)) != flat
+            or not (all(map(_contiguous, tensors)) if all_flat else list(map(_contiguous, tensors)) == flat)
             or list(map(_dtype, tensors)) != dtypes
             or (views and any(tensors[number].stride() != strides for number, strides in views))
         ):
             return False
         pool, stream = constants + addresses, stream_of(device)
+        if only is not None:
+            only(tensors, pool, stream)
+            return True
+        held = list(tensors)  # and what is made on the way
         for step in steps:
-            step(tensors, pool, stream)
+            step(held, pool, stream)
         return True
 
     return plan

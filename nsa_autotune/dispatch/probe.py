@@ -23,14 +23,14 @@ def copy_kernel(x_desc, out_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     tl.store(out_ptr + rows * COLUMNS + columns, x_desc.load([0, 0]))
 
 
-def launch(x, out, scale, use_maps):
+def launch(x, out, scale, use_maps, warmup=False):
     """out = x * scale + 1 in two launches, with a scratch tensor and an operator between them; [ROWS, COLUMNS]."""
     scaled = torch.empty_like(x)
     grid = (triton.cdiv(x.numel(), 256),)
-    scale_kernel.run(x, scaled, x.numel(), scale, BLOCK=256, grid=grid, warmup=False)
+    scale_kernel.run(x, scaled, x.numel(), scale, BLOCK=256, grid=grid, warmup=warmup)
     scaled.add_(1.0)
     if use_maps:
         descriptor = TensorDescriptor(scaled, [ROWS, COLUMNS], [COLUMNS, 1], [ROWS, COLUMNS])
-        copy_kernel.run(descriptor, out, ROWS=ROWS, COLUMNS=COLUMNS, grid=(1,), warmup=False)
+        copy_kernel.run(descriptor, out, ROWS=ROWS, COLUMNS=COLUMNS, grid=(1,), warmup=warmup)
     else:
-        scale_kernel.run(scaled, out, x.numel(), 1.0, BLOCK=256, grid=grid, warmup=False)
+        scale_kernel.run(scaled, out, x.numel(), 1.0, BLOCK=256, grid=grid, warmup=warmup)

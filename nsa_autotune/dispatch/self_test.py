@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from functools import cache
 from typing import Any
 
@@ -13,11 +14,15 @@ from .plan import make_plan
 from .recording import record
 from .triton_launch import CannotPrepareError
 
-logger = logging.getLogger("nsa_autotune")
+logger = logging.getLogger(__name__.partition(".")[0])
+
+ORDINARY_VARIABLE = "NSA_AUTOTUNE_ORDINARY_LAUNCHES"
 
 
 def require_prepared_launches() -> None:
     """Raise CannotPrepareError unless prepared launches are right on the current CUDA device."""
+    if os.environ.get(ORDINARY_VARIABLE):
+        raise CannotPrepareError(f"{ORDINARY_VARIABLE} is set")
     if not torch.cuda.is_available():
         raise CannotPrepareError("there is no CUDA device")
     if torch.cuda.is_current_stream_capturing():  # the test waits for the device, which a capture forbids

@@ -23,6 +23,7 @@ from . import backward, launches, serve
 from .serve import Call
 
 Tensors = Sequence[Tensor]
+NAMESPACE = __name__.partition(".")[0]  # of the operators: a shipped copy of this package has one of its own
 
 
 def make_call(x: Tensor, index: Tensors, constants: str, seq_k: int, scale: float, dispatcher: int) -> Call:
@@ -54,7 +55,7 @@ def refuse(ctx: Any, *grads: Tensor | None) -> Any:
     raise InvalidInput("native sparse attention has no second derivative", {}, remedy)
 
 
-@custom_op("nsa_autotune::compress", mutates_args=())
+@custom_op(f"{NAMESPACE}::compress", mutates_args=())
 def compress(x: Tensor, weights: Tensors, index: Tensors, constants: str, dispatcher: int) -> Tensor:
     """Eq. 7: phi with its weights, or the mean without."""
     call = make_call(x, index, constants, x.shape[-3], 1.0, dispatcher)
@@ -68,7 +69,7 @@ def _(x: Tensor, weights: Tensors, index: Tensors, constants: str, dispatcher: i
     return x.new_empty((*x.shape[:-3], count, *x.shape[-2:]))
 
 
-@custom_op("nsa_autotune::compress_backward", mutates_args=())
+@custom_op(f"{NAMESPACE}::compress_backward", mutates_args=())
 def compress_backward(
     dout: Tensor, x: Tensor, weights: Tensors, index: Tensors, constants: str, dispatcher: int
 ) -> list[Tensor]:
@@ -96,7 +97,7 @@ def _compress_gradient(ctx: Any, dout: Tensor) -> Any:
     return dx, dweights, [None] * len(index), None, None
 
 
-@custom_op("nsa_autotune::attend", mutates_args=())
+@custom_op(f"{NAMESPACE}::attend", mutates_args=())
 def attend(
     branch: str,
     q: Tensor,
@@ -120,7 +121,7 @@ def _(branch: str, q: Tensor, k: Tensor, v: Tensor, *_rest: Any) -> tuple[Tensor
     return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=softmax_dtype(q))
 
 
-@custom_op("nsa_autotune::attend_backward", mutates_args=())
+@custom_op(f"{NAMESPACE}::attend_backward", mutates_args=())
 def attend_backward(
     branch: str,
     saved: Tensors,
@@ -168,7 +169,7 @@ def _attend_gradient(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> Any:
     return None, *wanted(found, needs), None, [None] * len(index), None, None, None, None
 
 
-@custom_op("nsa_autotune::select_blocks", mutates_args=())
+@custom_op(f"{NAMESPACE}::select_blocks", mutates_args=())
 def select_blocks(
     q: Tensor, k: Tensor, lse: Tensor, index: Tensors, constants: str, seq_k: int, scale: float, dispatcher: int
 ) -> Tensor:
@@ -183,7 +184,7 @@ def _(q: Tensor, k: Tensor, lse: Tensor, index: Tensors, constants: str, *_rest:
     return q.new_empty((*q.shape[:-2], k.shape[-2], NSAConfig.from_text(constants).num_selected), dtype=torch.int32)
 
 
-@custom_op("nsa_autotune::combine", mutates_args=())
+@custom_op(f"{NAMESPACE}::combine", mutates_args=())
 def combine(gates: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, dispatcher: int) -> Tensor:
     """Eq. 5."""
     with exactly(gates):
@@ -196,7 +197,7 @@ def _(gates: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, dispatcher: in
     return torch.empty_like(o_cmp, memory_format=torch.contiguous_format)
 
 
-@custom_op("nsa_autotune::combine_backward", mutates_args=())
+@custom_op(f"{NAMESPACE}::combine_backward", mutates_args=())
 def combine_backward(do: Tensor, gates: Tensor, outputs: Tensors, dispatcher: int) -> list[Tensor]:
     """Gradients of the gates and the three outputs."""
     served = serve.from_handle(dispatcher, do)

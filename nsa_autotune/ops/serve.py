@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -14,11 +13,9 @@ from torch import Tensor
 
 from ..config import NSAConfig
 from ..dispatch.dispatcher import Dispatcher, by_number
-from ..errors import StoreError
+from ..dispatch.sources import default_winners
 from ..layout import PackedLayout
 from ..spec import DEFAULT_LOCALITY, KernelSpec, Problem
-
-logger = logging.getLogger("nsa_autotune")
 
 
 @dataclass(frozen=True)
@@ -35,13 +32,7 @@ class Call:
 @cache
 def default_dispatcher() -> Dispatcher:
     """The dispatcher that serves calls without one of their own: winners of the default database."""
-    from ..db import open_for_lookup  # SQLAlchemy is needed on the first CUDA call only
-
-    try:
-        return Dispatcher(open_for_lookup())
-    except StoreError as error:
-        logger.warning("no tuned kernels: %s", error)
-        return Dispatcher(None)
+    return Dispatcher(default_winners())
 
 
 def export_misses(path: str | Path) -> int:

@@ -12,13 +12,13 @@ from torch.library import custom_op
 from ..config import NSAConfig
 from ..dense import softmax_dtype
 from . import backward, launches
-from .library import Tensors, exactly, filled, make_call, refuse, shapes, wanted
+from .library import NAMESPACE, Tensors, exactly, filled, make_call, refuse, shapes, wanted
 
 NUM_KEYS = 6  # k_cmp, v_cmp, k_slc, v_slc, k_win, v_win
 BRANCHES = ("cmp", "slc", "win")
 
 
-@custom_op("nsa_autotune::gated_attention", mutates_args=())
+@custom_op(f"{NAMESPACE}::gated_attention", mutates_args=())
 def gated_attention(
     gates: Tensor,
     q: Tensor,
@@ -55,7 +55,7 @@ def _(gates: Tensor, q: Tensor, *others: Any) -> list[Tensor]:
     return [outputs[0], q.new_empty(shape, dtype=torch.int32), *lses, *outputs[1:]]
 
 
-@custom_op("nsa_autotune::gated_attention_backward", mutates_args=())
+@custom_op(f"{NAMESPACE}::gated_attention_backward", mutates_args=())
 def gated_attention_backward(
     do: Tensor,
     gates: Tensor,

@@ -21,7 +21,7 @@ from ..spec import Problem, digest
 from .budget import Budget, Meter
 from .designs import DIMENSIONS, Choices, Design, design_of
 from .pareto import Point, pareto_front
-from .study import _quiet_optuna as quiet_optuna
+from .study import quiet_optuna
 
 MAX_ASKS = 8  # proposals of the sampler that may turn out known or illegal before chance decides
 STARTUP_DESIGNS = 8  # before the sampler trusts what it learned

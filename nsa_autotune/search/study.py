@@ -20,7 +20,7 @@ POLISH_BASES = 3  # the best configs whose neighbourhoods are searched
 
 
 @contextmanager
-def _quiet_optuna() -> Iterator[None]:
+def quiet_optuna() -> Iterator[None]:
     """Optuna's log lines and warnings of experimental switches are off inside, and as before afterwards."""
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -45,7 +45,7 @@ class ConfigSearch:
         self._asked: dict[str, Trial] = {}
         self._seen: set[str] = set()  # keys of all configs that are known or under way
         self._distributions = space.distributions()
-        with _quiet_optuna():
+        with quiet_optuna():
             sampler = optuna.samplers.TPESampler(multivariate=True, group=True, constant_liar=True, seed=seed)
             self._study = optuna.create_study(direction="minimize", sampler=sampler)
 
@@ -86,7 +86,7 @@ class ConfigSearch:
         self._seen.add(key)
         value = math.log(median_us) if median_us is not None else None
         state = TrialState.COMPLETE if median_us is not None else TrialState.PRUNED  # TPE forgets what is told as FAIL
-        with _quiet_optuna():
+        with quiet_optuna():
             if key in self._asked:
                 self._study.tell(self._asked.pop(key), value, state=state)
                 return
@@ -123,7 +123,7 @@ class ConfigSearch:
 
     def _ask(self) -> Config | None:
         """TPE's proposal, moved to a legal unseen config one value away if need be."""
-        with _quiet_optuna():
+        with quiet_optuna():
             refused = []
             try:
                 for _ in range(MAX_ASKS):

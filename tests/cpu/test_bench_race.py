@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
 
-from nsa_autotune.bench.nvml import GpuState, summarize_states, was_disturbed
+from nsa_autotune.bench.nvml import GpuState, _others, summarize_states, was_disturbed
 from nsa_autotune.bench.policy import POLICIES, get_policy
 from nsa_autotune.bench.race import run_race
 from nsa_autotune.bench.stats import compare
@@ -125,6 +126,14 @@ def test_disturbances() -> None:
     assert "1 processes joined" in was_disturbed(state(other_processes=1), state(other_processes=2))
     assert was_disturbed(state(other_processes=2), state(other_processes=1)) == ""
     assert summarize_states([]) == {}
+
+
+def test_this_process_and_the_tuner_are_no_strangers() -> None:
+    mine, tuner, stranger = os.getpid(), os.getppid(), 2**22 + 1
+    assert _others([mine]) == _others([mine, tuner]) == _others([]) == 0
+    assert _others([mine, tuner, stranger]) == 1
+    assert _others([stranger]) == 0  # a pid of the host, which is ours
+    assert _others([stranger, stranger + 1]) == 1
 
 
 def test_policies_have_names_that_say_what_they_do() -> None:

@@ -243,7 +243,7 @@ def test_another_familys_template_does_not_change_the_digest(file: str, template
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"BLOCK_N": 48}, "BLOCK_N=48 is not one of (16, 32, 64, 128)"),
+        ({"BLOCK_N": 48}, "BLOCK_N=48 is not one of (16, 32, 64, 128, 256)"),
         ({"BLOCK_T": 64}, "a tile must have 16 to 128 rows"),
         ({"typo": 1}, "unknown parameters ['typo']"),
         ({"num_warps": 8, "maxnreg": 8}, "maxnreg=8 is not one of"),

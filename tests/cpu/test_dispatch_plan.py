@@ -61,6 +61,13 @@ def test_without_a_gpu_nothing_is_trusted(monkeypatch: pytest.MonkeyPatch) -> No
         require_prepared_launches()
 
 
+def test_a_variable_sends_every_launch_through_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: pytest.fail("the variable is looked at first"))
+    monkeypatch.setenv("NSA_AUTOTUNE_ORDINARY_LAUNCHES", "1")
+    with pytest.raises(CannotPrepareError, match="NSA_AUTOTUNE_ORDINARY_LAUNCHES is set"):
+        require_prepared_launches()
+
+
 def test_a_self_test_that_fails_is_logged_once_and_refuses(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -14,7 +14,8 @@ ROWS = (
     ("codegen", "db"),
     ("kernels",),
     ("bench", "dispatch"),
-    ("search", "ops"),
+    ("search", "ops", "ship"),
+    ("report",),
     ("nn", "cli"),
     ("__init__", "__main__"),
 )
@@ -79,6 +80,7 @@ def test_imports_go_to_lower_rows() -> None:
         ("db/migrations/env.py", "from ...ops import nsa_attention", True),
         ("bench/worker.py", "from .. import cli", True),
         ("cli/tune.py", "from ..nn import NativeSparseAttention", True),
+        ("report/page.py", "from ..cli.console import output", True),
         ("new_part/x.py", "import os", True),
         ("kernels/slc.py", "from ..spec import KernelSpec", False),
         ("spec.py", "from .errors import NSAError", False),

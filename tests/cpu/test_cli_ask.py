@@ -1,0 +1,215 @@
+"""`nsa-autotune db best|compare|history|stats|sql`: what they print and write, and what they refuse."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cpu.ask_fakes import A100, FAMILY, H100, NEW, config_of, trial, winner
+from cpu.recorded_fakes import invented_records, invented_time
+
+from nsa_autotune.cli.app import main
+from nsa_autotune.codegen.render import template_digest
+from nsa_autotune.db import TuningStore
+from nsa_autotune.errors import InvalidInput
+from nsa_autotune.kernels import get_spec
+from nsa_autotune.search.worth import PED_ANOVA, parameter_worth
+from nsa_autotune.spec import Config, Problem
+
+Ask = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Winners of two GPUs and two versions, the older one stale; two trials."""
+    monkeypatch.setattr("nsa_autotune.db.store.shipped_files", dict)
+    current = template_digest(get_spec(FAMILY))
+    with TuningStore(f"sqlite:///{tmp_path}/tuning.sqlite") as store:
+        store.set_winner(winner(100, day=1))
+        store.set_winner(winner(110, day=2, fingerprint={**H100, **NEW}, template_digest=current))
+        store.set_winner(winner(250, day=3, fingerprint={**A100, **NEW}, template_digest=current))
+        store.add_trials([trial(40, config=config_of(num_warps=8)), trial(None, status="timeout")])
+    return f"sqlite:///{tmp_path}/tuning.sqlite"
+
+
+@pytest.fixture
+def ask(url: str, capsys: pytest.CaptureFixture[str]) -> Ask:
+    """Run `db ...` on the database: exit code, stdout, stderr."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        code = main(["db", *arguments, "--db", url])
+        captured = capsys.readouterr()
+        return code, captured.out, " ".join(captured.err.split())
+
+    return call
+
+
+def test_best_as_table_json_and_csv(ask: Ask, tmp_path: Path) -> None:
+    code, out, _ = ask("best", "--gpu", "h100")
+    assert code == 0 and "best: 1 rows" in out and "2026-01-02" in out and "confirmed" in out
+    (row,) = json.loads(ask("best", "--gpu", "h100", "--format", "json")[1])
+    assert (row["median_us"], row["stale"], row["triton"], row["samples"]) == (110, False, "3.9.0", 3)
+    code, out, _ = ask("best", "--by", "seq", "--format", "csv", "--out", str(tmp_path / "best.csv"))
+    assert code == 0 and out.endswith("best.csv: 2 rows\n")
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "best.csv").read_text())))
+    assert [(row["median_us"], row["growth"]) for row in rows] == [("250.0", ""), ("110.0", "")]
+
+
+def test_compare(ask: Ask) -> None:
+    (row,) = json.loads(ask("compare", "--gpu", "H100,A100", "--format", "json")[1])
+    assert (row["base_median_us"], row["other_median_us"], row["clear"]) == (110, 250, True)
+    (row,) = json.loads(ask("compare", "--between", "triton=3.6.0..3.9.0", "--gpu", "H100", "--format", "json")[1])
+    assert (row["gpu"], row["ratio"]) == (H100["gpu"], 1.1)
+    warps = config_of()["num_warps"]
+    code, out, err = ask("compare", "--config", f"num_warps={warps}", "--config", "num_warps=8", "--family", FAMILY)
+    assert code == 0 and "compare: 0 rows" in out, err  # the trial with the default config failed
+
+
+def test_history_and_regressions(ask: Ask) -> None:
+    rows = json.loads(ask("history", "--gpu", "H100", "--format", "json")[1])
+    assert [(row["median_us"], row["ratio"]) for row in rows] == [(110, 1.1), (100, None)]
+    code, out, _ = ask("history", "--regressions", "--between", "triton=3.6.0..3.9.0")
+    assert code == 0 and "regressions: 1 rows" in out
+    assert "regressions: 0 rows" in ask("history", "--regressions", "--loss", "15%")[1]
+    assert "regressions: 1 rows" in ask("history", "--regressions", "--loss", "0.05")[1]
+
+
+def test_stats(ask: Ask) -> None:
+    rows = json.loads(ask("stats", "--format", "json")[1])
+    assert [(row["gpu"], row["winners"], row["trials"], row["timeout"]) for row in rows] == [
+        ("NVIDIA A100", 1, 0, 0), (H100["gpu"], 2, 2, 1)
+    ]  # fmt: skip
+    out = ask("stats")[1]
+    assert "timeout" in out and "same_code" not in out, "a table leaves out statuses that never were"
+
+
+def test_stale_by_what_changed(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nsa_autotune.cli.doctor.gpu_name", lambda: None)
+    assert json.loads(ask("stats", "--show", "stale", "--format", "json")[1]) == []
+    now = ("stats", "--show", "stale", "--gpu", "H100", "--now", "triton=3.10,driver=580")
+    rows = json.loads(ask(*now, "--format", "json")[1])
+    assert [(row["changed"], row["then"], row["now"], row["winners"]) for row in rows] == [
+        ("triton", "3.9.0", "3.10", 1)
+    ]
+    code, out, _ = ask(*now)
+    assert code == 0 and "held against triton 3.10, driver 580" in out
+    code, _, err = ask("stats", "--show", "stale", "--now", "python=3.12")
+    assert code == 2 and "driver, cuda, torch" in err
+
+
+@pytest.mark.parametrize("command", ["best", "compare", "history", "stats"])
+def test_csv_without_rows_is_the_same_header(ask: Ask, command: str) -> None:
+    full = ask(command, "--format", "csv")[1].splitlines()
+    none = ask(command, "--format", "csv", "--family", "win_attn_fwd")[1].splitlines()
+    assert len(full) > 1 and none == full[:1]
+
+
+def test_sql(ask: Ask) -> None:
+    code, out, _ = ask("sql", "SELECT status, count(*) AS n FROM nsa_trials GROUP BY status", "--format", "csv")
+    assert (code, out) == (0, "status,n\nok,1\ntimeout,1\n")
+    code, out, err = ask("sql", "SELECT id FROM nsa_trials", "--limit", "1")
+    assert code == 0 and "sql: 1 rows" in out and "more rows than 1" in err
+    code, _, err = ask("sql", "DELETE FROM nsa_trials")
+    assert code == 2 and "may only read" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("best", "--family", "slc_atn_fwd"), ("slc_atn_fwd", "slc_attn_fwd")),
+        (("best", "--policy", "warm"), ("no such measurement policy", "graph-warm")),
+        (("best", "--problem", "tokens=1"), ("no such field", "seq_k")),
+        (("best", "--format", "parquet"), ("--out rows.parquet",)),
+        (("best", "--out", "x.csv"), ("a table is printed", "--format csv")),
+        (("best", "--format", "csv", "--out", "/nowhere/x.csv"), ("cannot be written", "/nowhere/x.csv")),
+        (("compare", "--gpu", "V100,H100"), ("no GPU of this name", "NVIDIA A100")),
+        (("compare", "--gpu", "H100,A100", "--between", "triton=1..2"), ("one thing is compared",)),
+        (("compare", "--between", "triton"), ("VERSION=OLD..NEW",)),
+        (("compare", "--between", "cpu=1..2"), ("no such version",)),
+        (("compare", "--config", "num_warps=4", "--family", FAMILY), ("two configs are compared",)),
+        (("compare", "--config", "num_warps=4", "--config", "num_warps=8"), ("within one family",)),
+        (("history", "--loss", "3%"), ("--regressions",)),
+        (("history", "--regressions", "--loss", "much"), ("--loss 3%",)),
+        (("stats", "--now", "triton=3.9.0"), ("--show stale",)),
+        (("stats", "--show", "worth"), ("belong to a family",)),
+        (("stats", "--show", "worth", "--family", FAMILY), ("importance needs 20 configs",)),
+        (("stats", "--show", "worth", "--family", "win_attn_fwd"), ("no measured trial",)),
+        (("sql", "SELECT"), ("does not understand",)),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, tuple) else "",
+)
+def test_mistakes_get_a_sentence(ask: Ask, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
+    code, out, err = ask(*arguments)
+    assert code == 2 and all(word in err for word in words), err
+    assert out == ""
+
+
+# Parquet
+
+
+def test_parquet_comes_back_equal(ask: Ask, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "best.parquet"
+    code, out, _ = ask("best", "--format", "parquet", "--out", str(path))
+    assert code == 0 and out.endswith("best.parquet: 2 rows\n")
+    rows = json.loads(ask("best", "--format", "json")[1])
+    assert parquet.read_table(path).to_pylist() == rows
+    assert [p.name for p in tmp_path.glob("*parquet*")] == ["best.parquet"]
+    mixed = "SELECT 1 AS a UNION ALL SELECT 'text'"
+    code, _, err = ask("sql", mixed, "--format", "parquet", "--out", str(tmp_path / "mixed.parquet"))
+    assert code == 2 and "one type" in err and not (tmp_path / "mixed.parquet").exists()
+
+
+def test_without_pyarrow_a_sentence(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    code, _, err = ask("best", "--format", "parquet", "--out", str(tmp_path / "x.parquet"))
+    assert code == 2 and "nsa-autotune[parquet]" in err and not list(tmp_path.glob("*parquet*"))
+
+
+# what a parameter is worth
+
+PROBLEM = Problem(seq_q=8192, seq_k=8192)
+
+
+def only_warps_count(config: Config) -> float:
+    return 100.0 * (1 + abs(int(config["num_warps"]) - 4))
+
+
+def test_the_parameter_that_decides_is_the_most_important() -> None:
+    trials = invented_records(FAMILY, PROBLEM, 200, time_us=only_warps_count)
+    worth = parameter_worth(get_spec(FAMILY), trials)
+    assert worth.params[0].param == "num_warps" and worth.params[0].best_value == 4
+    assert sum(param.importance for param in worth.params) == pytest.approx(1.0)
+    assert worth.params[0].importance > 2 * worth.params[1].importance
+    assert worth.params[0].loss_without > 1 and worth.params[1].loss_without < 0.05
+    assert worth.configs == sum(t.status == "ok" for t in trials) and worth.best_us == pytest.approx(100, rel=0.02)
+
+
+def test_worth_needs_one_origin_and_enough_configs() -> None:
+    trials = invented_records(FAMILY, PROBLEM, 30, fail_share=0.0)
+    with pytest.raises(InvalidInput, match="needs 20 configs"):
+        parameter_worth(get_spec(FAMILY), trials[:19])
+    later = invented_records(FAMILY, PROBLEM.replace(seq_q=16384, seq_k=16384), 5)
+    with pytest.raises(InvalidInput, match="one problem, machine"):
+        parameter_worth(get_spec(FAMILY), [*trials, *later])
+
+
+def test_worth_names_the_evaluator_and_the_evidence(ask: Ask, url: str) -> None:
+    with TuningStore(url) as store:
+        family, spec = "win_attn_fwd", get_spec("win_attn_fwd")
+        store.add_trials(invented_records(family, PROBLEM, 60, time_us=invented_time(spec, PROBLEM)))
+    code, out, err = ask("stats", "--show", "worth", "--family", family)
+    assert code == 0, err
+    assert "of Optuna on" in out and "NVIDIA H100" in out and "triton 3.6.0" in out and "2026-01-01" in out
+    rows = json.loads(ask("stats", "--show", "worth", "--family", family, "--format", "json")[1])
+    assert {row["evaluator"] for row in rows} <= {PED_ANOVA, "fANOVA"} and rows[0]["configs"] > 20
+    with TuningStore(url) as store:
+        store.add_trials(invented_records(family, PROBLEM.replace(seq_q=16384, seq_k=16384), 1))
+    code, _, err = ask("stats", "--show", "worth", "--family", family)
+    assert code == 2 and "one problem on one GPU" in err
+    assert ask("stats", "--show", "worth", "--family", family, "--problem", "seq_k=8k")[0] == 0
