@@ -200,6 +200,29 @@ def assert_round_trip(store: TuningStore, path: Path) -> None:
         watching.pop()
 
 
+@pytest.mark.parametrize(
+    ("record", "changes"),
+    [
+        (2, {"group_size": 2**31}),
+        (1, {"config": {"BLOCK_M": 2**63}}),
+        (1, {"config": {str(i): i for i in range(MAX_ENTRIES + 1)}}),
+        (1, {"samples_us": [1.0] * 100_001}),
+        (1, {"reason": "x" * (MAX_TEXT_CHARS + 1)}),
+        (1, {"problem": {**RECORDS[1]["problem"], "seq_k": 10**30}}),
+        (0, {"rivals": [{}] * (MAX_ENTRIES + 1)}),
+        (0, {f"k{i}": 0 for i in range(60_000)}),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_limits_of_a_record(store: TuningStore, tmp_path: Path, record: int, changes: dict[str, Any]) -> None:
+    clear(store)
+    path = tmp_path / "large.jsonl"
+    path.write_bytes(dump({**RECORDS[record], **changes}))
+    with pytest.raises(StoreError, match=r"^line 1 of ") as told:
+        store.import_jsonl(path)
+    assert len(str(told.value)) < 2000 and contents(store) == []
+
+
 def test_a_file_is_not_read_beyond_the_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "big.jsonl"
     line = dump(RECORDS[1]) + b"\n"

@@ -164,6 +164,21 @@ def test_who_serves(
     assert (summary.winners, summary.kept) == ((0, 1) if serves == "here" else (1, 0))
 
 
+def test_winners_that_differ_in_nothing_but_time_serve_alike_in_any_order(
+    store: TuningStore, other: TuningStore
+) -> None:
+    twins = [make_winner(median_us=us, samples_us=(us,)) for us in (4.0, 5.0)]
+    served = []
+    for order in (twins, twins[::-1]):
+        clear(store)
+        for winner in order:
+            clear(other)
+            other.set_winner(winner)
+            store.merge(other)
+        served.append(contents(store))
+    assert served[0] == served[1]
+
+
 def test_a_decision_made_here_replaces_and_keeps_the_samples_of_the_one_before(store: TuningStore) -> None:
     imported = make_winner(source="imported", verdict="confirmed", samples_us=(5.0,))
     store.set_winner(imported)
