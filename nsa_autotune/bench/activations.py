@@ -102,8 +102,9 @@ def _read_torch(path: Path) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        values = {"path": str(path), "message": (str(error).splitlines() or [""])[0]}
-        raise InvalidInput("the file cannot be read by torch.load with weights_only", values, HOW) from error
+        # torch's own advice, to load what may run code, is not repeated
+        values = {"path": str(path), "error": type(error).__name__}
+        raise InvalidInput("a .pt file must hold tensors and nothing that runs code", values, HOW) from error
 
 
 def _read_safetensors(path: Path) -> object:

@@ -109,7 +109,11 @@ def measure_here(store: TuningStore, specs: Iterable[KernelSpec], gpu: str, devi
     from ..dispatch.fingerprint import current
     from ..search.cross import measure_missing, table_here
 
-    fingerprint = current(device).to_dict()
+    try:
+        fingerprint = current(device).to_dict()
+    except InvalidInput as error:
+        remedy = "Leave --measure out."
+        raise InvalidInput("--measure races on a CUDA GPU, and there is none", {"--device": device}, remedy) from error
     if gpu.lower() not in fingerprint["gpu"].lower():
         remedy = "Leave --measure out, or name this GPU."
         raise InvalidInput("only the GPU at hand is measured", {"--gpu": gpu, device: fingerprint["gpu"]}, remedy)

@@ -128,7 +128,7 @@ def _print_winners(winners: Sequence[WinnerRecord]) -> None:
         (gpu + (" (this GPU)" if gpu == here else ""), family, count - bad[gpu, family], bad[gpu, family])
         for (gpu, family), count in sorted(good.items())
     ]
-    numbers = ("current", "stale")
+    numbers = ("template current", "template changed")
     if rows:
         output().print(make_table("winners", ("GPU", "family", *numbers), rows, numbers))
     if here is not None and not any(gpu == here for gpu, _ in good):

@@ -90,4 +90,7 @@ def outcome_lines(outcome: Outcome) -> list[str]:
     if outcome.kind == "failed" or (outcome.kind == "predicted" and not statuses["ok"]):
         reasons = [f"    {count}x {reason}" for reason, count in outcome.reasons[:SHOWN_REASONS]]
         return [f"{head}no config works [{counts}]", *reasons]
-    return [f"{head}{outcome.kind} [{counts}]"]
+    left = (
+        f", {outcome.left} configs left when the minutes were spent: the same command goes on" if outcome.left else ""
+    )
+    return [f"{head}{outcome.kind} [{counts}]{left}"]

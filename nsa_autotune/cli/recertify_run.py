@@ -93,7 +93,8 @@ def forecast(run: Run) -> int:
         with TuneDisplay(errors(), len(stale)) as display:
             for number, item in enumerate(stale, 1):
                 display.say(f"{number}/{len(stale)} compiling {_text(item.winner)}")
-                compiled = recertify.compile_candidates(item, present.specs[item.winner.family], store, compiler)
+                useful = compiler if recertify.is_recorded(item, store) else None
+                compiled = recertify.compile_candidates(item, present.specs[item.winner.family], store, useful)
                 machine = item.winner.fingerprint["gpu"]
                 told = (item.reason, recertify.forecast(compiled), item.winner.median_us)
                 rows.append((*_head(item.winner), machine, *told))

@@ -15,6 +15,7 @@ from ..errors import InvalidInput
 from ..spec import DEFAULT_POLICY, KernelSpec, Problem
 from . import options
 from . import sweep as grid
+from .console import errors
 from .tune_run import Run, Work, execute
 
 if TYPE_CHECKING:
@@ -92,7 +93,9 @@ def tune(
     targets = choose_targets(options.split(target, "--target"))
     if everything and (not targets or budget or trials or minutes):
         rule = "--all compiles every config for a --target, and takes no budget"
-        raise InvalidInput(rule, {"--target": targets}, "To measure many configs use --budget full.")
+        given = {"--target": ",".join(targets), "--budget": budget, "--trials": trials, "--minutes": minutes}
+        values = {option: value for option, value in given.items() if value}
+        raise InvalidInput(rule, values, "Name a --target and leave the budget out.")
     specs = options.choose_specs(options.split(families, "--families"))
     usual = NO_GPU_PRESET if targets else GPU_PRESET
     choices = grid.shapes(choice, batch, heads, kv_heads)
@@ -145,24 +148,32 @@ def missed_work(
             "--from-misses names its problems itself", {"file": str(path)}, "Leave out --preset, --seq ..."
         )
     chosen = {spec.family for spec in specs}
-    missed = [(spec, problem) for spec, problem in read_misses(path) if spec.family in chosen]
+    everything = read_misses(path)
+    if not everything:  # what export_misses() writes when all is well
+        errors().print(f"nothing was missed: {path} names no problem", markup=False)
+        raise typer.Exit
+    missed = [(spec, problem) for spec, problem in everything if spec.family in chosen]
     if not missed:
         values = {"file": str(path), "families": ", ".join(sorted(chosen))}
-        raise InvalidInput("--from-misses needs a file that names a problem", values, "Nothing was missed, it seems.")
+        raise InvalidInput("the file of --from-misses names no problem of these families", values, "Name others.")
     return list({(spec.family, spec.problem_key(problem)): (spec, problem) for spec, problem in missed}.values())
 
 
 def choose_budget(
     name: str | None, trials: int | None, minutes: float | None, parts: int, *, predicting: bool
 ) -> Budget:
-    """The budget of the whole run; the minutes of a named budget are for each of its parts."""
+    """The budget of the whole run; the minutes of a named budget are for each of its parts.
+
+    `trials` and `minutes` take the place of the name's, or stand alone if there is no name.
+    """
     from ..search.budget import NAMED_BUDGETS, Budget, parse_budget
 
-    if trials is not None or minutes is not None:
+    if name is None and (trials is not None or minutes is not None):
         return Budget(trials, minutes)
     if name is None and predicting:
         return Budget(NAMED_BUDGETS[NO_GPU_BUDGET].max_trials, NO_GPU_MINUTES)
     chosen = parse_budget(name or GPU_BUDGET)
     if chosen in NAMED_BUDGETS.values() and chosen.max_minutes is not None:
-        return replace(chosen, max_minutes=chosen.max_minutes * parts)
-    return chosen
+        chosen = replace(chosen, max_minutes=chosen.max_minutes * parts)
+    chosen = chosen if trials is None else replace(chosen, max_trials=trials)
+    return chosen if minutes is None else replace(chosen, max_minutes=minutes)

@@ -181,6 +181,8 @@ def predict(run: Run, store: TuningStore, display: TuneDisplay, guesses: list[Gu
     targets = (target for target in run.targets for _ in run.work)
     for spec, problem, budget in shares(run.budget, run.work * len(run.targets)):
         target = next(targets)
+        if len(run.targets) > 1:
+            display.note(f"for {target}:")
         try:
             ranked = predict_problem(
                 spec, problem, target=target, store=store, budget=budget, progress=display, processes=run.jobs

@@ -171,7 +171,9 @@ def _server_engine(location: Location) -> Engine:
         raise StoreError("no such kind of database", {"url": str(location)}, "Use sqlite or postgresql.") from error
     except ImportError as error:
         raise StoreError(
-            "the driver of the database is not installed", {"url": str(location)}, f"pip install {error.name}"
+            "the driver of the database is not installed",
+            {"url": str(location), "missing": error.name},
+            "pip install 'nsa-autotune[postgresql]', and write postgresql+psycopg://...",
         ) from error
 
 

@@ -16,6 +16,7 @@ from .ladder import Step
 
 MOST_MISSES = 1000
 FIELDS = ("family", "problem", "count", "step")
+ANEW = "Delete the line, or export anew with nsa_autotune.export_misses(path)."
 
 
 @dataclass
@@ -83,7 +84,7 @@ def _parse(line: str, where: Mapping[str, object]) -> tuple[KernelSpec, Problem]
     try:
         data = json.loads(line)
         if not isinstance(data, dict) or set(data) != set(FIELDS):
-            raise InvalidInput(f"a line must be a JSON object of {', '.join(FIELDS)}", where)
+            raise InvalidInput(f"a line must be a JSON object of {', '.join(FIELDS)}", where, ANEW)
         if not isinstance(data["count"], int) or data["count"] < 0:
             raise InvalidInput("count must be a whole number of at least 0", {**where, "count": data["count"]})
         _check_fields(data["problem"], where)
@@ -91,9 +92,7 @@ def _parse(line: str, where: Mapping[str, object]) -> tuple[KernelSpec, Problem]
         problem = Problem.from_dict(data["problem"])
         spec.check_problem(problem)
     except json.JSONDecodeError as error:
-        raise InvalidInput(
-            "a line must be JSON", {**where, "reason": error.msg}, "Delete it, or export anew."
-        ) from error
+        raise InvalidInput("a line must be JSON", {**where, "reason": error.msg}, ANEW) from error
     except UnknownName as error:
         raise InvalidInput(
             "a line must name a known family", {**where, "family": data["family"]}, error.remedy
@@ -102,7 +101,7 @@ def _parse(line: str, where: Mapping[str, object]) -> tuple[KernelSpec, Problem]
         raise InvalidInput(error.rule, {**where, **error.values}, error.remedy) from error
     except (TypeError, AttributeError, ValueError) as error:
         raise InvalidInput(
-            "a line's problem must have the fields of Problem", {**where, "reason": str(error)}
+            "a line's problem must have the fields of Problem", {**where, "reason": str(error)}, ANEW
         ) from error
     return spec, problem
 

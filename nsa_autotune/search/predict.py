@@ -24,7 +24,7 @@ from .task import Task, known_correction, known_trials
 
 DEFAULT_CANDIDATES = 64  # compiled when the budget names minutes only
 MAX_SPILL_BYTES = 512  # a thread; more was never near the best
-COMPILE_TIMEOUT_S = 90.0
+COMPILE_TIMEOUT_S, LEAST_TIMEOUT_S = 90.0, 15.0
 
 
 class CompileMany(Protocol):
@@ -66,7 +66,7 @@ def predict_problem(
     run = _Predicting(task, store, listener, budget, gpu_model(target), shared_limit_bytes(target), seed, clock)
     try:
         jobs = run.jobs()
-        run.collect(compiler({spec.family: spec}, jobs, target, processes, COMPILE_TIMEOUT_S))
+        run.collect(compiler({spec.family: spec}, jobs, target, processes, time_limit_s(budget)))
     except BaseException:
         run.finish("interrupted")
         raise
@@ -106,7 +106,7 @@ class _Predicting:
         self.gpu, self.shared_limit, self.seed = gpu, shared_limit, seed
         self.correction = known_correction(store, task.spec)
         self.records = known_trials(store, task, kind="predicted")
-        self.num_done = 0
+        self.num_done = self.num_planned = 0
         self.meter = Meter(budget, len(self.records), clock)
 
     def jobs(self) -> list[CompileJob]:
@@ -114,6 +114,7 @@ class _Predicting:
         task, known = self.task, {config_key(record.config) for record in self.records}
         wanted = candidate_configs(task, self.budget.max_trials or DEFAULT_CANDIDATES, self.seed)
         fresh = [config for config in wanted if config_key(config) not in known]
+        self.num_planned = len(fresh)
         self.progress.start(Plan(task.spec, task.problem, self.budget, len(self.records), len(fresh)))
         return [CompileJob(task.spec.family, task.problem.to_dict(), config) for config in fresh]
 
@@ -163,7 +164,15 @@ class _Predicting:
     def finish(self, kind: OutcomeKind) -> None:
         """Tell how it ended."""
         statuses, reasons = count_statuses(self.records), count_reasons(self.records)
-        self.progress.finish(Outcome(kind, self.task.spec, self.task.problem, None, statuses, reasons))
+        left = self.num_planned - self.num_done
+        self.progress.finish(Outcome(kind, self.task.spec, self.task.problem, None, statuses, reasons, left=left))
+
+
+def time_limit_s(budget: Budget) -> float:
+    """For one compilation: no longer than the budget, but long enough for most."""
+    if budget.max_minutes is None:
+        return COMPILE_TIMEOUT_S
+    return min(COMPILE_TIMEOUT_S, max(LEAST_TIMEOUT_S, 60 * budget.max_minutes))
 
 
 def candidate_configs(task: Task, count: int, seed: int) -> list[Config]:

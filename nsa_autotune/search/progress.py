@@ -65,6 +65,7 @@ class Outcome:
     statuses: tuple[tuple[str, int], ...] = ()  # status, trials; most frequent first
     reasons: tuple[tuple[str, int], ...] = ()  # first line of the reason of failures, trials; most frequent first
     effort: Effort = Effort()
+    left: int = 0  # configs that the budget left out, of those that were planned
 
 
 class Progress(Protocol):

@@ -122,6 +122,11 @@ def compile_candidates(stale: Stale, spec: KernelSpec, store: TuningStore, compi
     return Compiled(stale, configs, known_codes(stale, trials), now)
 
 
+def is_recorded(stale: Stale, store: TuningStore) -> bool:
+    """True if the code that was measured is known: only then can it carry over."""
+    return config_key(stale.winner.config) in known_codes(stale, stored_trials(stale, store))
+
+
 def recertify_winner(
     stale: Stale,
     task: Task,

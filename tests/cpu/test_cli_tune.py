@@ -272,7 +272,7 @@ def test_every_family_serves_every_preset() -> None:
 def test_winners_are_raced_again_in_a_new_process_unless_the_budget_is_quick(
     on_a_gpu: type[FakeWorker], url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*COMMAND, "--budget", "quick", "--db", url]) == 0  # --trials says more than the name
+    assert main([*COMMAND, "--db", url]) == 0
     assert on_a_gpu.renewed == 1
     assert "confirmed" in capsys.readouterr().out
     with TuningStore(url) as store:
@@ -305,6 +305,9 @@ def test_a_tenth_of_the_minutes_is_kept_for_confirming() -> None:
         ((None, 7, None), Budget(7, None)),
         ((None, None, 3.0), Budget(None, 3.0)),
         (("full", 7, 3.0), Budget(7, 3.0)),
+        (("quick", None, 3.0), Budget(60, 3.0, confirm=False)),
+        (("full", 3000, None), Budget(3000, 60.0 * 5)),
+        (("200,30m", None, 3.0), Budget(200, 3.0)),
         (("quick", None, None), Budget(60, 2.0 * 5, confirm=False)),
         (("200,30m", None, None), Budget(200, 30.0)),
         ((None, None, None), Budget(NAMED_BUDGETS["normal"].max_trials, 50.0)),

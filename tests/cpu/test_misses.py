@@ -153,7 +153,7 @@ def test_tune_takes_just_the_misses(planned: list[Any], tmp_path: Path) -> None:
     [
         (["--seq", "8k"], "names its problems itself"),
         (["--nsa", "window_size=256"], "names its problems itself"),
-        (["--families", "cmp_pool_fwd"], "needs a file that names a problem"),
+        (["--families", "cmp_pool_fwd"], "names no problem of these families"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(
