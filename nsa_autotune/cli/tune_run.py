@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING
 
 from ..errors import StoreError, WorkerError
 from ..spec import DEFAULT_POLICY, KernelSpec, Problem
-from .console import errors, problem_text
+from .console import errors
 from .tune_report import Guess, print_predictions, print_winners
 
 if TYPE_CHECKING:
     from ..bench.journal import Journal
-    from ..bench.result import TrialResult
-    from ..bench.worker import MeasureWorker
     from ..db.store import TuningStore
-    from ..search.budget import Budget, Meter
+    from ..search.budget import Budget
     from .codesign_display import CodesignDisplay
     from .progress import TuneDisplay
 
@@ -43,17 +41,20 @@ class Run:
     check: bool  # in the interpreter, before predicting
     policy: str = DEFAULT_POLICY
     retry_quarantined: bool = False
+    since_s: float | None = None  # seconds of UTC; what other processes finished later is not done again; None is now
+    members: int = 1  # processes that share the work of one command
 
 
 def execute(run: Run) -> int:
     """Do it with a live display and print what came out, also after Ctrl-C; the exit code."""
-    from ..db.store import TuningStore
+    from ..db.shared import SharedStore
     from .progress import TuneDisplay
+    from .tune_measure import measure
 
     interrupted, right = False, True
     lost: WorkerError | None = None
     guesses: list[Guess] = []
-    with TuningStore(run.db) as store:
+    with SharedStore(run.db) as store:
         if store.read_only:
             values = {"database": str(store.location)}
             raise StoreError("tuning needs a database that can be written", values, "Name another one with --db.")
@@ -80,80 +81,11 @@ def execute(run: Run) -> int:
     return 0 if worked and right else EXIT_NO_WINNER
 
 
-def measure(run: Run, store: TuningStore, display: TuneDisplay) -> None:
-    """Tune every problem on the device, then race the winners again in a new process.
-
-    What killed an earlier run is stored first and tried once more last.
-    """
-    from ..bench.journal import Journal
-    from ..bench.worker import MeasureWorker
-    from ..dispatch.fingerprint import current
-    from ..search.ahead import compile_ahead
-    from ..search.budget import Meter
-    from ..search.quarantine import context_of_run
-    from ..search.tuner import tune_problem
-
-    here, meter = current(run.device), Meter(run.budget)
-    with (
-        compile_ahead(here.capability, run.jobs) as preparer,
-        Journal(run.device, context=context_of_run(here.to_dict())) as journal,
-        MeasureWorker(run.device, policy=run.policy, journal=journal) as worker,
-    ):
-        settle(journal, store, display)
-
-        def library(spec: KernelSpec, problem: Problem) -> TrialResult:
-            return worker.measure_library(spec.library, problem)
-
-        for spec, problem, budget in shares(search_budget(run.budget), run.work):
-            tune_problem(
-                spec,
-                problem,
-                measurer=worker,
-                store=store,
-                fingerprint=here.to_dict(),
-                budget=budget,
-                progress=display,
-                retune=run.retune,
-                retry_quarantined=run.retry_quarantined,
-                library=library,
-                preparer=preparer,
-            )
-        if run.budget.confirm:
-            confirm(run, worker, store, display, here.to_dict(), meter)
-        retry_suspects(run, store, display, worker, here.to_dict())
-
-
 def search_budget(total: Budget) -> Budget:
     """What is left of a budget for searching if winners are confirmed afterwards."""
     if total.max_minutes is None or not total.confirm:
         return total
     return replace(total, max_minutes=(1 - CONFIRM_SHARE) * total.max_minutes)
-
-
-def confirm(
-    run: Run,
-    worker: MeasureWorker,
-    store: TuningStore,
-    display: TuneDisplay,
-    fingerprint: dict[str, str],
-    meter: Meter,
-) -> None:
-    """Race each provisional winner again in a new process, as long as there are minutes."""
-    from ..codegen.render import template_digest
-    from ..search.confirm import confirm_winner
-    from ..search.task import Task
-
-    worker.renew()
-    for number, outcome in enumerate(display.outcomes):
-        if outcome.winner is None or outcome.winner.verdict != "provisional":
-            continue
-        if run.budget.max_minutes is not None and meter.minutes >= run.budget.max_minutes:
-            display.note("the minutes are spent: winners that no second process confirmed stay provisional")
-            return
-        spec, problem = outcome.spec, outcome.problem
-        display.say(f"confirming {spec.family} {problem_text(problem.to_dict(), spec.family)}")
-        task = Task(spec, problem, fingerprint, template_digest(spec), run.policy)
-        display.outcomes[number] = replace(outcome, winner=confirm_winner(task, measurer=worker, store=store))
 
 
 def settle(journal: Journal, store: TuningStore, display: TuneDisplay | CodesignDisplay) -> None:
@@ -165,21 +97,6 @@ def settle(journal: Journal, store: TuningStore, display: TuneDisplay | Codesign
     for suspect in suspects:
         display.note(f"{suspect.family}: an earlier run died: {suspect.result().reason}  {dict(suspect.config)}")
     journal.settle()
-
-
-def retry_suspects(
-    run: Run, store: TuningStore, display: TuneDisplay, worker: MeasureWorker, fingerprint: dict[str, str]
-) -> None:
-    """Measure once more, when all else is done, what a journal suspects."""
-    from ..codegen.render import template_digest
-    from ..search.quarantine import retry_suspected
-    from ..search.task import Task
-
-    for spec, problem in run.work:
-        for trial in retry_suspected(
-            store, Task(spec, problem, fingerprint, template_digest(spec), run.policy), worker
-        ):
-            display.note(f"{spec.family}: tried once more: {trial.status} {trial.reason}  {trial.config}")
 
 
 def check_in_interpreter(run: Run, display: TuneDisplay) -> bool:
@@ -223,8 +140,12 @@ def shares(total: Budget, work: Sequence[Work]) -> Iterator[tuple[KernelSpec, Pr
     """Each problem with its budget: the minutes that are left, divided among the problems that are left."""
     start = time.monotonic()
     for number, (spec, problem) in enumerate(work):
-        if total.max_minutes is None:
-            yield spec, problem, total
-            continue
-        left = total.max_minutes - (time.monotonic() - start) / 60
-        yield spec, problem, replace(total, max_minutes=max(LEAST_MINUTES, left / (len(work) - number)))
+        yield spec, problem, share(total, (time.monotonic() - start) / 60, len(work) - number)
+
+
+def share(total: Budget, spent_minutes: float, to_do: int, members: int = 1) -> Budget:
+    """The budget of the next of `to_do` problems, of which so many processes each do some at the same time."""
+    if total.max_minutes is None:
+        return total
+    left = total.max_minutes - spent_minutes
+    return replace(total, max_minutes=max(LEAST_MINUTES, left / max(1.0, to_do / members)))
