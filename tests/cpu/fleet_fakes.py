@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -75,31 +76,45 @@ def pretend(delay_s: float, lease_s: float) -> None:
     import nsa_autotune.bench.worker
     import nsa_autotune.cli.progress
     import nsa_autotune.dispatch.fingerprint
-    import nsa_autotune.search.lease
+    import nsa_autotune.cli.tune_measure
 
     torch.cuda.is_available = lambda: True
     FakeWorker.delay_s = delay_s
     nsa_autotune.bench.worker.MeasureWorker = FakeWorker  # type: ignore[misc, assignment]
     nsa_autotune.cli.progress.TuneDisplay = TellingDisplay  # type: ignore[misc]
     nsa_autotune.dispatch.fingerprint.current = lambda device="cuda:0": FINGERPRINT  # type: ignore[assignment]
-    nsa_autotune.search.lease.LEASE_S = lease_s
-    import nsa_autotune.cli.tune_measure
-
+    nsa_autotune.cli.tune_measure.LEASE_S = lease_s
     nsa_autotune.cli.tune_measure.LOOK_AGAIN_S = LOOK_AGAIN_S
 
 
-class Fleet:
-    """Processes of one command, forked by this script; their output lies in files of `folder`."""
+class Forker:
+    """A process that has everything imported, and forks the members of fleets; a context that ends it."""
 
-    def __init__(
-        self, folder: Path, command: Sequence[str], number: int, *, delay_s: float = 0.005, lease_s: float = 1.0
-    ) -> None:
-        self.folder, self.number = folder, number
-        folder.mkdir()
+    def __enter__(self) -> Self:
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-        arguments = [str(folder), str(number), str(delay_s), str(lease_s), *command]
-        self._script = subprocess.Popen([sys.executable, __file__, *arguments], cwd=ROOT, env=env)
-        self.codes: list[int] = []
+        self._script = subprocess.Popen([sys.executable, __file__], cwd=ROOT, env=env, stdin=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._script.kill()
+        self._script.communicate()
+
+    def start(
+        self, folder: Path, command: Sequence[str], number: int, *, delay_s: float = 0.005, lease_s: float = 1.0
+    ) -> Fleet:
+        """So many processes of the command."""
+        folder.mkdir()
+        assert self._script.stdin is not None
+        self._script.stdin.write(json.dumps([str(folder), number, delay_s, lease_s, list(command)]) + "\n")
+        self._script.stdin.flush()
+        return Fleet(folder, number)
+
+
+class Fleet:
+    """Processes of one command; their output lies in files of `folder`."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.folder, self.number = folder, number
 
     def pid(self, index: int, timeout_s: float = 60.0) -> int:
         """Process id of a member, once it runs."""
@@ -123,11 +138,9 @@ class Fleet:
 
     def wait(self, timeout_s: float = 90.0) -> list[int]:
         """Exit codes of the members."""
-        try:
-            self._script.wait(timeout_s)
-        finally:
-            self._script.kill()
-        return [int((self.folder / f"{index}.code").read_text()) for index in range(self.number)]
+        files = [self.folder / f"{index}.code" for index in range(self.number)]
+        until(lambda: all(file.exists() for file in files), timeout_s)
+        return [int(file.read_text()) for file in files]
 
 
 def until(what: object, timeout_s: float) -> None:
@@ -148,7 +161,21 @@ def fork_members(folder: Path, number: int, command: Sequence[str]) -> None:
         pids[pid] = index
     for _ in range(number):
         pid, status = os.wait()
-        (folder / f"{pids[pid]}.code").write_text(str(os.waitstatus_to_exitcode(status)))
+        _write(folder / f"{pids[pid]}.code", os.waitstatus_to_exitcode(status))
+
+
+def fork_fleets() -> None:
+    """A fleet for each line of stdin."""
+    import nsa_autotune.cli.tune_measure  # noqa: F401  imports torch and triton, once
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a fleet's parent
+    for line in sys.stdin:
+        folder, number, delay_s, lease_s, command = json.loads(line)
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            pretend(delay_s, lease_s)
+            fork_members(Path(folder), number, command)
+            os._exit(0)
 
 
 def _become(folder: Path, index: int, command: Sequence[str]) -> None:
@@ -156,17 +183,20 @@ def _become(folder: Path, index: int, command: Sequence[str]) -> None:
 
     for descriptor, suffix in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"{index}.{suffix}", os.O_WRONLY | os.O_CREAT), descriptor)
-    partial = folder / f"{index}.pid.partial"
-    partial.write_text(str(os.getpid()))
-    partial.rename(folder / f"{index}.pid")
+    _write(folder / f"{index}.pid", os.getpid())
     code = main(command)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
+def _write(path: Path, number: int) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(str(number))
+    partial.rename(path)
+
+
 if __name__ == "__main__":
     from cpu import fleet_fakes  # not __main__'s copy
 
-    fleet_fakes.pretend(float(sys.argv[3]), float(sys.argv[4]))
-    fleet_fakes.fork_members(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[5:])
+    fleet_fakes.fork_fleets()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from cpu import fleet_fakes
-from cpu.fleet_fakes import FINGERPRINT, Fleet
+from cpu.fleet_fakes import FINGERPRINT, Forker
 
 from nsa_autotune.cli.app import main
 from nsa_autotune.db.claims import Unit
@@ -151,10 +151,16 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[str, floa
     return found
 
 
+@pytest.fixture(scope="module")
+def forker() -> Iterator[Forker]:
+    with Forker() as opened:
+        yield opened
+
+
 def test_three_processes_do_every_trial_once(
-    tmp_path: Path, url: str, alone: dict[int, tuple[str, float, str]]
+    forker: Forker, tmp_path: Path, url: str, alone: dict[int, tuple[str, float, str]]
 ) -> None:
-    fleet = Fleet(tmp_path / "fleet", [*COMMAND, "--db", url], 3)
+    fleet = forker.start(tmp_path / "fleet", [*COMMAND, "--db", url], 3)
     assert fleet.wait() == [0, 0, 0]
     counts = search_trials(url)
     assert len(counts) == PROBLEMS * CONFIGS and set(counts.values()) == {1}
@@ -168,9 +174,9 @@ def test_three_processes_do_every_trial_once(
 
 
 def test_the_work_of_a_killed_process_is_taken_over(
-    tmp_path: Path, url: str, alone: dict[int, tuple[str, float, str]]
+    forker: Forker, tmp_path: Path, url: str, alone: dict[int, tuple[str, float, str]]
 ) -> None:
-    fleet = Fleet(tmp_path / "fleet", [*COMMAND, "--db", url], 2, delay_s=0.02)
+    fleet = forker.start(tmp_path / "fleet", [*COMMAND, "--db", url], 2, delay_s=0.02)
     fleet.kill(0, after=5)
     assert fleet.wait() == [-9, 0]
     counts = search_trials(url)
@@ -179,10 +185,10 @@ def test_the_work_of_a_killed_process_is_taken_over(
     assert winners_of(url) == alone
 
 
-def test_retuned_problems_are_measured_once_by_all_together(tmp_path: Path, url: str) -> None:
-    began = Fleet(tmp_path / "first", [*COMMAND, "--db", url], 1)
+def test_retuned_problems_are_measured_once_by_all_together(forker: Forker, tmp_path: Path, url: str) -> None:
+    began = forker.start(tmp_path / "first", [*COMMAND, "--db", url], 1)
     assert began.wait() == [0]
-    fleet = Fleet(tmp_path / "again", [*COMMAND, "--db", url, "--retune"], 2)
+    fleet = forker.start(tmp_path / "again", [*COMMAND, "--db", url, "--retune"], 2)
     assert fleet.wait() == [0, 0]
     with TuningStore(url) as store:
         races = Counter(
