@@ -67,6 +67,9 @@ def tune(
         bool, typer.Option("--retry-quarantined", help="Try again what crashed twice, or hung, on this machine.")
     ] = False,
     device: Annotated[str, typer.Option("--device", help="The GPU to measure on.")] = "cuda:0",
+    devices: Annotated[
+        str | None, typer.Option("--devices", help="A process for each of these GPUs: cuda:0,cuda:1, or all.")
+    ] = None,
     policy: options.PolicyOption = DEFAULT_POLICY,
     check: Annotated[
         bool, typer.Option(help="Without a GPU: run small cases in Triton's interpreter before predicting.")
@@ -107,7 +110,19 @@ def tune(
     how = get_policy(policy).name
     cores = jobs or os.cpu_count() or 1
     run = Run(tuple(work), total, db, device, targets, retune, cores, check, how, retry_quarantined)
-    raise typer.Exit(execute(run))
+    raise typer.Exit(start(run, devices))
+
+
+def start(run: Run, devices: str | None) -> int:
+    """Run here, or on several devices; the exit code."""
+    if devices is None:
+        return execute(run)
+    from .tune_devices import choose_devices, execute_on
+
+    if run.targets:
+        remedy = "Leave out --target, or --devices."
+        raise InvalidInput("--devices measures, and a --target is absent", {"--target": run.targets}, remedy)
+    return execute_on(run, choose_devices(devices))
 
 
 def choose_targets(names: Sequence[str]) -> tuple[str, ...]:

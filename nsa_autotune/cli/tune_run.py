@@ -70,7 +70,7 @@ def execute(run: Run) -> int:
             interrupted = True
         except WorkerError as error:  # the device is lost: what was found until then is shown first
             lost = error
-        worked = print_predictions(guesses) if run.targets else print_winners(display)
+        worked = print_predictions(guesses) if run.targets else print_winners(display.outcomes)
         if interrupted:
             done = "found" if run.targets else "measured"
             text = f"stopped; everything {done} is kept in {store.location}; the same command resumes"

@@ -75,8 +75,8 @@ def pretend(delay_s: float, lease_s: float) -> None:
 
     import nsa_autotune.bench.worker
     import nsa_autotune.cli.progress
-    import nsa_autotune.dispatch.fingerprint
     import nsa_autotune.cli.tune_measure
+    import nsa_autotune.dispatch.fingerprint
 
     torch.cuda.is_available = lambda: True
     FakeWorker.delay_s = delay_s
@@ -85,6 +85,12 @@ def pretend(delay_s: float, lease_s: float) -> None:
     nsa_autotune.dispatch.fingerprint.current = lambda device="cuda:0": FINGERPRINT  # type: ignore[assignment]
     nsa_autotune.cli.tune_measure.LEASE_S = lease_s
     nsa_autotune.cli.tune_measure.LOOK_AGAIN_S = LOOK_AGAIN_S
+
+
+def member_command(delay_s: float, lease_s: float) -> list[str]:
+    """In the place of the command of a member: one with a pretended GPU."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return ["env", f"PYTHONPATH={path}", sys.executable, __file__, "member", str(delay_s), str(lease_s)]
 
 
 class Forker:
@@ -199,4 +205,9 @@ def _write(path: Path, number: int) -> None:
 if __name__ == "__main__":
     from cpu import fleet_fakes  # not __main__'s copy
 
+    if sys.argv[1:2] == ["member"]:
+        fleet_fakes.pretend(float(sys.argv[2]), float(sys.argv[3]))
+        from nsa_autotune.cli import member
+
+        sys.exit(member.main())
     fleet_fakes.fork_fleets()
