@@ -36,8 +36,9 @@ def run_of(order: str) -> tuple[Run, int]:
 
 
 def tune_as_member(run: Run) -> int:
-    """Tune what no other process has; the exit code. Lines on stderr, no table: whoever gave the order shows one."""
+    """Tune what no other process has; the exit code. Lines on stderr; the last one on stdout is the fingerprint."""
     from ..db.shared import SharedStore
+    from ..dispatch.fingerprint import current
     from .progress import TuneDisplay
     from .tune_measure import measure
 
@@ -49,6 +50,7 @@ def tune_as_member(run: Run) -> int:
     except NSAError as error:
         errors().print(f"error: {error}", markup=False, soft_wrap=True)
         return EXIT_MISTAKE
+    print(json.dumps(current(run.device).to_dict()), flush=True)
     return EXIT_NO_WINNER if any(outcome.kind == "failed" for outcome in display.outcomes) else 0
 
 

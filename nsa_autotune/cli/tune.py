@@ -70,6 +70,10 @@ def tune(
     devices: Annotated[
         str | None, typer.Option("--devices", help="A process for each of these GPUs: cuda:0,cuda:1, or all.")
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray", help="A process for each GPU of this Ray cluster (its address, or auto); on PostgreSQL."),
+    ] = None,
     policy: options.PolicyOption = DEFAULT_POLICY,
     check: Annotated[
         bool, typer.Option(help="Without a GPU: run small cases in Triton's interpreter before predicting.")
@@ -92,7 +96,8 @@ def tune(
         seq_q=seq_q,
     )
     options.check_device(device)
-    targets = choose_targets(options.split(target, "--target"))
+    asked = options.split(target, "--target")
+    targets = choose_targets(asked) if asked or devices is ray is None else ()
     if everything and (not targets or budget or trials or minutes):
         rule = "--all compiles every config for a --target, and takes no budget"
         raise InvalidInput(rule, {"--target": targets}, "To measure many configs use --budget full.")
@@ -110,19 +115,26 @@ def tune(
     how = get_policy(policy).name
     cores = jobs or os.cpu_count() or 1
     run = Run(tuple(work), total, db, device, targets, retune, cores, check, how, retry_quarantined)
-    raise typer.Exit(start(run, devices))
+    raise typer.Exit(start(run, devices, ray))
 
 
-def start(run: Run, devices: str | None) -> int:
-    """Run here, or on several devices; the exit code."""
-    if devices is None:
+def start(run: Run, devices: str | None, ray: str | None) -> int:
+    """Run here, on several devices or on a cluster; the exit code."""
+    if devices is None and ray is None:
         return execute(run)
+    if run.targets:
+        remedy = "Leave out --target, or --devices and --ray."
+        raise InvalidInput("--devices and --ray measure, and a --target is absent", {"--target": run.targets}, remedy)
+    if devices is not None and ray is not None:
+        values = {"--devices": devices, "--ray": ray}
+        raise InvalidInput("--devices is for this host, --ray for a cluster", values, "Choose one of them.")
+    if ray is not None:
+        from .tune_ray import execute_on_ray
+
+        return execute_on_ray(run, ray)
     from .tune_devices import choose_devices, execute_on
 
-    if run.targets:
-        remedy = "Leave out --target, or --devices."
-        raise InvalidInput("--devices measures, and a --target is absent", {"--target": run.targets}, remedy)
-    return execute_on(run, choose_devices(devices))
+    return execute_on(run, choose_devices(devices or ""))
 
 
 def choose_targets(names: Sequence[str]) -> tuple[str, ...]:

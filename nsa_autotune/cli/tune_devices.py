@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import IO, TYPE_CHECKING
 
 from ..errors import InvalidInput
+from ..spec import digest
 from . import options
 from .console import errors
 from .member import EXIT_MISTAKE, order_of
@@ -53,7 +54,12 @@ class Member:
     def start(run: Run, command: Sequence[str]) -> Member:
         """Begin; its lines come out on stderr with the device in front."""
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         assert process.stdin is not None and process.stderr is not None
         reader = threading.Thread(target=_pass_on, args=(run.device, process.stderr), daemon=True)
@@ -82,13 +88,15 @@ def _pass_on(device: str, lines: IO[str]) -> None:
 def execute_on(run: Run, devices: Sequence[str]) -> int:
     """Tune on several devices and print what was found, also after Ctrl-C; the exit code."""
     from ..db.shared import SharedStore
+    from ..dispatch.fingerprint import current
 
     with SharedStore(run.db) as store:
         check_shared(store)
         run = replace(run, since_s=store.now_s(), members=len(devices), jobs=max(1, run.jobs // len(devices)))
         members = [Member.start(replace(run, device=device), MEMBER) for device in devices]
         interrupted = not _wait_for_all(members)
-        return report(run, store, devices, [member.process.returncode for member in members], interrupted)
+        machines = [current(device).to_dict() for device in devices]
+        return report(run, store, machines, [member.process.returncode for member in members], interrupted)
 
 
 def check_shared(store: SharedStore) -> None:
@@ -130,23 +138,28 @@ def _end(running: Sequence[Member]) -> None:
             member.process.kill()
 
 
-def report(run: Run, store: SharedStore, devices: Sequence[str], codes: Sequence[int | None], interrupted: bool) -> int:
-    """Print the winners of all members; the exit code."""
-    found = outcomes(run, store, devices)
+def report(
+    run: Run,
+    store: SharedStore,
+    machines: Sequence[dict[str, str]],
+    codes: Sequence[int | None],
+    interrupted: bool,
+) -> int:
+    """Print the winners of all members, whose fingerprints are `machines`; the exit code."""
+    found = outcomes(run, store, machines)
     right = print_winners(found)
     if interrupted:
         text = f"stopped; everything measured is kept in {store.location}; the same command resumes"
         errors().print(text, style="yellow", markup=False, soft_wrap=True)
         return EXIT_INTERRUPTED
-    if any(outcome.winner is None for outcome in found):
+    if not found or any(outcome.winner is None for outcome in found):
         return EXIT_MISTAKE if all(code == EXIT_MISTAKE for code in codes) else EXIT_NO_WINNER
     return 0 if right else EXIT_NO_WINNER
 
 
-def outcomes(run: Run, store: SharedStore, devices: Sequence[str]) -> list[Outcome]:
-    """How each problem ended, on each kind of GPU among the devices."""
+def outcomes(run: Run, store: SharedStore, machines: Sequence[dict[str, str]]) -> list[Outcome]:
+    """How each problem ended, on each different fingerprint."""
     from ..codegen.render import template_digest
-    from ..dispatch.fingerprint import current
     from ..search.lease import unit_of
     from ..search.progress import Outcome, count_reasons, count_statuses
     from ..search.task import Task, known_trials, known_winner
@@ -154,7 +167,7 @@ def outcomes(run: Run, store: SharedStore, devices: Sequence[str]) -> list[Outco
     started = datetime.fromtimestamp(run.since_s or 0.0, UTC).isoformat(timespec="microseconds")
     done = {claim.unit for claim in store.claims() if claim.done_s is not None}
     found: list[Outcome] = []
-    for machine in {current(device).digest: current(device).to_dict() for device in devices}.values():
+    for machine in {digest(machine): machine for machine in machines}.values():
         for spec, problem in run.work:
             task = Task(spec, problem, machine, template_digest(spec), run.policy)
             winner, trials = known_winner(store, task), known_trials(store, task)

@@ -144,7 +144,8 @@ class _Measuring:
                 if winner is not None and self.run.budget.confirm:
                     self.lease.take(unit_of(task, "confirm"))  # races of one winner stay on one device
         except ClaimLost as error:
-            self.display.outcomes.pop()  # told as interrupted
+            if self.display.outcomes and self.display.outcomes[-1].kind == "interrupted":
+                self.display.outcomes.pop()  # it goes on elsewhere
             self.display.note(str(error))
             return False
         return True

@@ -91,11 +91,13 @@ class SharedStore(TuningStore):
         with self._unfenced() as session:
             return claims.release(session, units, owner)
 
+    @patiently
     def claims(self) -> list[Claim]:
         """All claims, those that ran out or are done as well."""
         with super()._transaction() as session:
             return claims.read_claims(session)
 
+    @patiently
     def now_s(self) -> float:
         """Seconds of UTC, by the clock that claims go by."""
         with super()._transaction() as session:
