@@ -115,10 +115,10 @@ def tune(
     how = get_policy(policy).name
     cores = jobs or os.cpu_count() or 1
     run = Run(tuple(work), total, db, device, targets, retune, cores, check, how, retry_quarantined)
-    raise typer.Exit(start(run, devices, ray))
+    raise typer.Exit(start(run, devices, ray, jobs))
 
 
-def start(run: Run, devices: str | None, ray: str | None) -> int:
+def start(run: Run, devices: str | None, ray: str | None, jobs: int | None) -> int:
     """Run here, on several devices or on a cluster; the exit code."""
     if devices is None and ray is None:
         return execute(run)
@@ -131,7 +131,7 @@ def start(run: Run, devices: str | None, ray: str | None) -> int:
     if ray is not None:
         from .tune_ray import execute_on_ray
 
-        return execute_on_ray(run, ray)
+        return execute_on_ray(run, ray, jobs)
     from .tune_devices import choose_devices, execute_on
 
     return execute_on(run, choose_devices(devices or ""))

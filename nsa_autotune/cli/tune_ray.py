@@ -62,8 +62,11 @@ class Seat:
         return dict(json.loads(self.said)) if self.said.startswith("{") else None
 
 
-def execute_on_ray(run: Run, address: str) -> int:
-    """Tune on every GPU of a cluster and print what was found, also after Ctrl-C; the exit code."""
+def execute_on_ray(run: Run, address: str, jobs: int | None) -> int:
+    """Tune on every GPU of a cluster and print what was found, also after Ctrl-C; the exit code.
+
+    An actor compiles with `jobs` processes; with None, and at most, its share of its host's cores.
+    """
     from ..db.shared import SharedStore
 
     ray = load_ray()
@@ -72,7 +75,7 @@ def execute_on_ray(run: Run, address: str) -> int:
         connect(ray, address)
         try:
             run = replace(run, db=chosen_url(run.db), since_s=store.now_s(), device="cuda:0")
-            seats = take_seats(ray, run)
+            seats = take_seats(ray, run, jobs)
             interrupted = not _wait(ray, seats)
             machines = [found for seat in seats if (found := seat.fingerprint()) is not None]
             return report(run, store, machines, [seat.code for seat in seats], interrupted)
@@ -106,14 +109,14 @@ def connect(ray: ModuleType, address: str) -> None:
         raise InvalidInput("no Ray cluster answers", values, "Start one with `ray start --head`.") from error
 
 
-def take_seats(ray: ModuleType, run: Run) -> list[Seat]:
-    """An actor for each GPU, with its share of its host's cores for compiling; InvalidInput without a GPU."""
+def take_seats(ray: ModuleType, run: Run, jobs: int | None) -> list[Seat]:
+    """An actor for each GPU, with cores for compiling on the same host; InvalidInput without a GPU."""
     hosts = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0) >= 1]
     if not hosts:
         raise InvalidInput("no host of the Ray cluster has a GPU", {"hosts": len(ray.nodes())}, "Add one that has.")
     gpus = sum(int(host["GPU"]) for host in hosts)
     cores = min(int(host.get("CPU", 0) // host["GPU"]) for host in hosts)
-    order = order_of(replace(run, members=gpus, jobs=max(1, min(run.jobs, cores))), 0)
+    order = order_of(replace(run, members=gpus, jobs=max(1, min(jobs or cores, cores))), 0)
     remote = ray.remote(num_gpus=1, num_cpus=cores)(MeasuringActor)
     actors = [remote.remote() for _ in range(gpus)]
     return [Seat(number, actor, actor.begin.remote(order, list(MEMBER))) for number, actor in enumerate(actors)]

@@ -19,6 +19,8 @@ from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 from ..errors import DatabaseAway, StoreError
 
 BUSY_TIMEOUT_MS = 30_000
+# of PostgreSQL's client library: a host that is gone is noticed within a minute, not after hours
+LIVELINESS = {"connect_timeout": 10, "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
 OTHER_DATABASE = "Name another database with `--db URL` or NSA_AUTOTUNE_DB, for example sqlite:////tmp/tuning.sqlite."
 # fragments of the drivers' messages -> rule, remedy
 EXPLANATIONS = (
@@ -42,6 +44,7 @@ AWAY = (
     "connection reset",
     "connection is lost",
     "connection timeout",
+    "temporary failure in name resolution",
     "server closed the connection",
     "terminating connection",
     "the database system is",  # starting up, shutting down, in recovery
@@ -183,8 +186,10 @@ def _make_folder(folder: Path) -> None:
 
 
 def _server_engine(location: Location) -> Engine:
+    asked = LIVELINESS if location.url.get_driver_name() in ("psycopg", "psycopg2") else {}
+    arguments = {name: value for name, value in asked.items() if name not in location.url.query}
     try:
-        return create_engine(location.url, pool_pre_ping=True)
+        return create_engine(location.url, pool_pre_ping=True, connect_args=arguments)
     except NoSuchModuleError as error:
         raise StoreError("no such kind of database", {"url": str(location)}, "Use sqlite or postgresql.") from error
     except ImportError as error:

@@ -16,7 +16,7 @@ from nsa_autotune.cli import tune as tune_command
 from nsa_autotune.cli import tune_devices
 from nsa_autotune.cli.app import main
 from nsa_autotune.cli.member import order_of, run_of
-from nsa_autotune.cli.tune_run import Run
+from nsa_autotune.cli.tune_run import Run, share
 from nsa_autotune.db.store import TuningStore
 from nsa_autotune.errors import InvalidInput
 from nsa_autotune.kernels import get_spec
@@ -117,6 +117,13 @@ def test_devices_are_named_or_all(capsys: pytest.CaptureFixture[str], monkeypatc
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with pytest.raises(InvalidInput, match="needs a GPU"):
         tune_devices.choose_devices("all")
+
+
+def test_minutes_of_a_problem_grow_with_the_processes() -> None:
+    budget = Budget(9, 12.0)
+    assert share(budget, 2.0, to_do=5) == Budget(9, 2.0)
+    assert share(budget, 2.0, to_do=5, members=2) == Budget(9, 4.0)
+    assert share(budget, 2.0, to_do=1, members=8) == Budget(9, 10.0), "no more than is left"
 
 
 def test_members_share_cores_and_minutes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from cpu.fleet_fakes import FINGERPRINT, Forker, until
 from cpu.pg_server import Server
 from cpu.test_fleet import COMMAND, CONFIGS, FOREVER_S, PROBLEMS, TRIAL, UNIT, search_trials, stored_digests, winners_of
 
-from nsa_autotune.db import migrate, shared
+from nsa_autotune.db import engine, migrate, shared
 from nsa_autotune.db.shared import SharedStore
 from nsa_autotune.db.store import TuningStore
 from nsa_autotune.errors import ClaimLost, DatabaseAway
@@ -86,6 +87,15 @@ def test_patience_ends_with_a_sentence(
             server.start()
         store.add_trial(TRIAL)
         assert store.trials() == [TRIAL]
+
+
+def test_a_host_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "LIVELINESS", {"connect_timeout": 2})
+    monkeypatch.setattr(shared, "PATIENCE_S", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        with pytest.raises(DatabaseAway, match="does not answer"):
+            SharedStore(f"postgresql+psycopg://tuner@127.0.0.1:{port}/x")
 
 
 def test_a_fleet_survives_deaths_and_a_restart(server: Server, url: str, tmp_path: Path) -> None:
