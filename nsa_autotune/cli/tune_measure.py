@@ -204,5 +204,9 @@ class _Measuring:
         if elsewhere:
             self.display.note(f"{elsewhere} of {len(self.run.work)} problems were tuned by other processes meanwhile")
         if left:
-            text = f"other processes are still at {len(left)} problems; the same command looks again"
-            self.display.note(text)
+            self.display.note(left_text(len(left)))
+
+
+def left_text(count: int) -> str:
+    """What is said of problems that others still have when the minutes are spent."""
+    return f"{count} left to other processes, which are still at work; the same command looks again"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -50,6 +48,7 @@ def execute(run: Run) -> int:
     from ..db.shared import SharedStore
     from .progress import TuneDisplay
     from .tune_measure import measure
+    from .tune_predict import predict
 
     interrupted, right = False, True
     lost: WorkerError | None = None
@@ -115,32 +114,6 @@ def check_in_interpreter(run: Run, display: TuneDisplay) -> bool:
                 display.note(f"    {check.reason}  {check.config}")
             right = right and not wrong
     return right
-
-
-def predict(run: Run, store: TuningStore, display: TuneDisplay, guesses: list[Guess]) -> None:
-    """Rank every problem's configs for each absent GPU; what is found is appended to `guesses`."""
-    from ..search.predict import predict_problem, stored_predictions
-
-    targets = (target for target in run.targets for _ in run.work)
-    for spec, problem, budget in shares(run.budget, run.work * len(run.targets)):
-        target = next(targets)
-        try:
-            ranked = predict_problem(
-                spec, problem, target=target, store=store, budget=budget, progress=display, processes=run.jobs
-            )
-        except KeyboardInterrupt:
-            ranked = stored_predictions(spec, problem, target=target, store=store)
-            if ranked:
-                guesses.append(Guess(target, spec, problem, ranked))
-            raise
-        guesses.append(Guess(target, spec, problem, ranked))
-
-
-def shares(total: Budget, work: Sequence[Work]) -> Iterator[tuple[KernelSpec, Problem, Budget]]:
-    """Each problem with its budget: the minutes that are left, divided among the problems that are left."""
-    start = time.monotonic()
-    for number, (spec, problem) in enumerate(work):
-        yield spec, problem, share(total, (time.monotonic() - start) / 60, len(work) - number)
 
 
 def share(total: Budget, spent_minutes: float, to_do: int, members: int = 1) -> Budget:

@@ -12,13 +12,18 @@ import pytest
 from cpu import fleet_fakes
 from cpu.fleet_fakes import FINGERPRINT, Forker
 
+from nsa_autotune.cli import tune_predict
 from nsa_autotune.cli.app import main
 from nsa_autotune.db.claims import Unit
 from nsa_autotune.db.records import TrialRecord
 from nsa_autotune.db.shared import SharedStore
 from nsa_autotune.db.store import TuningStore
 from nsa_autotune.errors import ClaimLost
+from nsa_autotune.kernels import get_spec
 from nsa_autotune.search.lease import Lease
+from nsa_autotune.search.presets import get_preset
+from nsa_autotune.search.ranking import Prediction
+from nsa_autotune.spec import Problem
 
 COMMAND = ("tune", "--families", "gate_sum_fwd", "--seq", "1k,2k,4k,8k", "--trials", "50", "--jobs", "1")
 PROBLEMS, CONFIGS = 4, 20  # the space of gate_sum_fwd: 50 trials cover it
@@ -111,6 +116,34 @@ def test_an_error_gives_the_unit_back(store: SharedStore) -> None:
         assert store.claim(UNIT, "b", 60, lease.since_s) == "done"
         with lease.working(UNIT), pytest.raises(ClaimLost):  # it was finished, so it is no longer ours
             store.add_trial(replace(TRIAL, status="crash"))
+
+
+def test_predictions_are_claimed_too(
+    url: str, store: SharedStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = get_spec("gate_sum_fwd")
+    ranked = [Prediction(spec.default_config(Problem()), 1.5, {"registers": 31, "shared_bytes": 0})]
+    predicted: list[tuple[str, int]] = []
+
+    def predict(spec: object, problem: Problem, *, target: str, **_: object) -> list[Prediction]:
+        predicted.append((target, problem.seq_k))
+        return ranked
+
+    command = ["tune", "--families", "gate_sum_fwd", "--seq", "1k,2k", "--target", "cuda:90", "--preset", "gqa16-d128"]
+    usual = get_preset("gqa16-d128").problem
+    parts = (("cuda:90", spec, usual.replace(seq_q=n, seq_k=n)) for n in (1024, 2048))
+    first, second = map(tune_predict.unit_for, parts)
+    monkeypatch.setattr("nsa_autotune.search.predict.predict_problem", predict)
+    monkeypatch.setattr("nsa_autotune.search.predict.stored_predictions", lambda *_, target, **__: ranked)
+    assert store.claim(first, "another", 60, 0) == "mine"
+    assert main([*command, "--db", url, "--no-check", "--minutes", "0.01"]) == 0
+    assert predicted == [("cuda:90", 2048)] and "1 left to other processes" in capsys.readouterr().err
+    monkeypatch.setattr(tune_predict.time, "sleep", lambda _: store.finish(first, "another"))
+    assert main([*command, "--db", url, "--no-check", "--trials", "5"]) == 0
+    assert predicted == [("cuda:90", 2048)] * 2
+    captured = capsys.readouterr()
+    assert "predicted for cuda:90 by another process" in captured.err and "T 1024" in captured.out
+    assert [claim.unit for claim in store.claims() if claim.done_s is None] == [] and second != first
 
 
 # whole runs
