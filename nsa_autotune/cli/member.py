@@ -36,13 +36,14 @@ def run_of(order: str) -> tuple[Run, int]:
 
 
 def tune_as_member(run: Run) -> int:
-    """Tune what no other process has; the exit code. Lines on stderr; the last one on stdout is the fingerprint."""
+    """Tune what no other process has; the exit code. Lines on stderr; the first one on stdout is the fingerprint."""
     from ..db.shared import SharedStore
     from ..dispatch.fingerprint import current
     from .progress import TuneDisplay
     from .tune_measure import measure
 
     try:
+        print(json.dumps(current(run.device).to_dict()), flush=True)
         with SharedStore(run.db) as store, TuneDisplay(errors(), len(run.work)) as display:
             measure(run, store, display)
     except KeyboardInterrupt:
@@ -50,7 +51,6 @@ def tune_as_member(run: Run) -> int:
     except NSAError as error:
         errors().print(f"error: {error}", markup=False, soft_wrap=True)
         return EXIT_MISTAKE
-    print(json.dumps(current(run.device).to_dict()), flush=True)
     return EXIT_NO_WINNER if any(outcome.kind == "failed" for outcome in display.outcomes) else 0
 
 
@@ -61,6 +61,7 @@ def main() -> int:
         die_with_parent(parent)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))  # an actor's child begins without them
     return tune_as_member(run)
 
 

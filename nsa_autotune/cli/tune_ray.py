@@ -35,12 +35,11 @@ class MeasuringActor:
         self._process.stdin.close()
 
     def ended(self) -> tuple[int, str] | None:
-        """Exit code and last line of stdout, None while it runs."""
+        """Exit code and first line of stdout, None while it runs."""
         if self._process.poll() is None:
             return None
         assert self._process.stdout is not None
-        lines = self._process.stdout.read().splitlines()
-        return self._process.returncode, lines[-1] if lines else ""
+        return self._process.returncode, self._process.stdout.readline()
 
     def end(self) -> None:
         """Ask the member to end as Ctrl-C does."""
@@ -58,7 +57,7 @@ class Seat:
     said: str = ""
 
     def fingerprint(self) -> dict[str, str] | None:
-        """Of the actor's GPU, if the member came to its end."""
+        """Of the actor's GPU, once the member has ended."""
         return dict(json.loads(self.said)) if self.said.startswith("{") else None
 
 
