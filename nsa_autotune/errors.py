@@ -73,5 +73,13 @@ class StoreError(NSAError, RuntimeError):
     """A database that is damaged, newer than this program, read-only or busy."""
 
 
+class DatabaseAway(StoreError):
+    """A database server that does not answer, is restarting, or ended a deadlock: the same again may work."""
+
+
+class ClaimLost(NSAError, RuntimeError):
+    """Work that this process had, and another one has now."""
+
+
 class WorkerError(NSAError, RuntimeError):
     """A measuring process that cannot be started or answers nonsense."""

@@ -85,8 +85,10 @@ def outcome_lines(outcome: Outcome) -> list[str]:
     if winner is not None:
         gain = gain_text(winner.default_median_us, winner.median_us)
         versus = f", {gain} faster than the default" if gain else ""
-        known = " (known; --retune measures again)" if outcome.kind == "known" else ""
-        return [f"{head}{winner.median_us:.1f} us{versus}{known}" + (f" [{counts}]" if counts else "")]
+        known = {"known": " (known; --retune measures again)", "elsewhere": " (found by another process)"}
+        return [
+            f"{head}{winner.median_us:.1f} us{versus}{known.get(outcome.kind, '')}" + (f" [{counts}]" if counts else "")
+        ]
     if outcome.kind == "failed" or (outcome.kind == "predicted" and not statuses["ok"]):
         reasons = [f"    {count}x {reason}" for reason, count in outcome.reasons[:SHOWN_REASONS]]
         return [f"{head}no config works [{counts}]", *reasons]

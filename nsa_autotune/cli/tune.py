@@ -68,6 +68,13 @@ def tune(
         bool, typer.Option("--retry-quarantined", help="Try again what crashed twice, or hung, on this machine.")
     ] = False,
     device: Annotated[str, typer.Option("--device", help="The GPU to measure on.")] = "cuda:0",
+    devices: Annotated[
+        str | None, typer.Option("--devices", help="A process for each of these GPUs: cuda:0,cuda:1, or all.")
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray", help="A process for each GPU of this Ray cluster (its address, or auto); on PostgreSQL."),
+    ] = None,
     policy: options.PolicyOption = DEFAULT_POLICY,
     check: Annotated[
         bool, typer.Option(help="Without a GPU: run small cases in Triton's interpreter before predicting.")
@@ -90,7 +97,8 @@ def tune(
         seq_q=seq_q,
     )
     options.check_device(device)
-    targets = choose_targets(options.split(target, "--target"))
+    asked = options.split(target, "--target")
+    targets = choose_targets(asked) if asked or devices is ray is None else ()
     if everything and (not targets or budget or trials or minutes):
         rule = "--all compiles every config for a --target, and takes no budget"
         given = {"--target": ",".join(targets), "--budget": budget, "--trials": trials, "--minutes": minutes}
@@ -110,7 +118,26 @@ def tune(
     how = get_policy(policy).name
     cores = jobs or os.cpu_count() or 1
     run = Run(tuple(work), total, db, device, targets, retune, cores, check, how, retry_quarantined)
-    raise typer.Exit(execute(run))
+    raise typer.Exit(start(run, devices, ray, jobs))
+
+
+def start(run: Run, devices: str | None, ray: str | None, jobs: int | None) -> int:
+    """Run here, on several devices or on a cluster; the exit code."""
+    if devices is None and ray is None:
+        return execute(run)
+    if run.targets:
+        remedy = "Leave out --target, or --devices and --ray."
+        raise InvalidInput("--devices and --ray measure, and a --target is absent", {"--target": run.targets}, remedy)
+    if devices is not None and ray is not None:
+        values = {"--devices": devices, "--ray": ray}
+        raise InvalidInput("--devices is for this host, --ray for a cluster", values, "Choose one of them.")
+    if ray is not None:
+        from .tune_ray import execute_on_ray
+
+        return execute_on_ray(run, ray, jobs)
+    from .tune_devices import choose_devices, execute_on
+
+    return execute_on(run, choose_devices(devices or ""))
 
 
 def choose_targets(names: Sequence[str]) -> tuple[str, ...]:

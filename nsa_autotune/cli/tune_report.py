@@ -11,9 +11,8 @@ from .console import errors, gain_text, make_table, output, problem_text
 
 if TYPE_CHECKING:
     from ..db.records import WinnerRecord
-    from ..search.progress import Effort
+    from ..search.progress import Effort, Outcome
     from ..search.ranking import Prediction
-    from .progress import TuneDisplay
 
 
 @dataclass(frozen=True)
@@ -26,10 +25,10 @@ class Guess:
     ranked: list[Prediction]
 
 
-def print_winners(display: TuneDisplay) -> bool:
+def print_winners(outcomes: Sequence[Outcome]) -> bool:
     """The table of winners; False if a problem has none."""
     rows: list[tuple[object, ...]] = []
-    for outcome in display.outcomes:
+    for outcome in outcomes:
         winner = outcome.winner
         head = (outcome.spec.family, problem_text(outcome.problem.to_dict(), outcome.spec.family))
         if winner is None:
@@ -44,10 +43,10 @@ def print_winners(display: TuneDisplay) -> bool:
     output().print(make_table("winners, medians of the final race", columns, rows, numbers, less))
     from ..search.progress import Effort
 
-    effort = sum((outcome.effort for outcome in display.outcomes), Effort())
+    effort = sum((outcome.effort for outcome in outcomes), Effort())
     if effort.trials:
         errors().print(effort_text(effort), markup=False, soft_wrap=True)
-    failed = [outcome for outcome in display.outcomes if outcome.kind == "failed"]
+    failed = [outcome for outcome in outcomes if outcome.kind == "failed"]
     if failed:
         text = f"{len(failed)} problems have no winner: nsa-autotune db query --table trials --family FAMILY"
         errors().print(text, style="red", markup=False, soft_wrap=True)

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..errors import StoreError, WorkerError
 from ..spec import DEFAULT_POLICY, KernelSpec, Problem
-from .console import errors, problem_text
+from .console import errors
 from .tune_report import Guess, print_predictions, print_winners
-from .tune_suspects import retry_suspects, settle
 
 if TYPE_CHECKING:
-    from ..bench.result import TrialResult
-    from ..bench.worker import MeasureWorker
-    from ..db.store import TuningStore
-    from ..search.budget import Budget, Meter
+    from ..search.budget import Budget
     from .progress import TuneDisplay
 
 CONFIRM_SHARE = 0.1  # of the minutes, for racing the winners again
@@ -42,17 +36,21 @@ class Run:
     check: bool  # in the interpreter, before predicting
     policy: str = DEFAULT_POLICY
     retry_quarantined: bool = False
+    since_s: float | None = None  # seconds of UTC; what other processes finished later is not done again; None is now
+    members: int = 1  # processes that share the work of one command
 
 
 def execute(run: Run) -> int:
     """Do it with a live display and print what came out, also after Ctrl-C; the exit code."""
-    from ..db.store import TuningStore
+    from ..db.shared import SharedStore
     from .progress import TuneDisplay
+    from .tune_measure import measure
+    from .tune_predict import predict
 
     interrupted, right = False, True
     lost: WorkerError | None = None
     guesses: list[Guess] = []
-    with TuningStore(run.db) as store:
+    with SharedStore(run.db) as store:
         if store.read_only:
             values = {"database": str(store.location)}
             raise StoreError("tuning needs a database that can be written", values, "Name another one with --db.")
@@ -68,7 +66,7 @@ def execute(run: Run) -> int:
             interrupted = True
         except WorkerError as error:  # the device is lost: what was found until then is shown first
             lost = error
-        worked = print_predictions(guesses) if run.targets else print_winners(display)
+        worked = print_predictions(guesses) if run.targets else print_winners(display.outcomes)
         if interrupted:
             done = "found" if run.targets else "measured"
             text = f"stopped; everything {done} is kept in {store.location}; the same command resumes"
@@ -79,81 +77,11 @@ def execute(run: Run) -> int:
     return 0 if worked and right else EXIT_NO_WINNER
 
 
-def measure(run: Run, store: TuningStore, display: TuneDisplay) -> None:
-    """Tune every problem on the device, then race the winners again in a new process.
-
-    What killed an earlier run is stored first, and tried once more last.
-    """
-    from ..bench.journal import Journal
-    from ..bench.worker import MeasureWorker
-    from ..dispatch.fingerprint import current
-    from ..search.ahead import compile_ahead
-    from ..search.budget import Meter
-    from ..search.quarantine import context_of_run
-    from ..search.tuner import tune_problem
-
-    here, meter = current(run.device), Meter(run.budget)
-    with (
-        compile_ahead(here.capability, run.jobs) as preparer,
-        Journal(run.device, context=context_of_run(here.to_dict())) as journal,
-        MeasureWorker(run.device, policy=run.policy, journal=journal) as worker,
-    ):
-        settle(journal, store, display)
-
-        def library(spec: KernelSpec, problem: Problem) -> TrialResult:
-            return worker.measure_library(spec.library, problem)
-
-        for spec, problem, budget in shares(search_budget(run.budget), run.work):
-            tune_problem(
-                spec,
-                problem,
-                measurer=worker,
-                store=store,
-                fingerprint=here.to_dict(),
-                budget=budget,
-                progress=display,
-                retune=run.retune,
-                retry_quarantined=run.retry_quarantined,
-                library=library,
-                preparer=preparer,
-            )
-        if run.budget.confirm:
-            confirm(run, worker, store, display, here.to_dict(), meter)
-        if retry_suspects(run, store, display, worker, here.to_dict()) and run.budget.confirm:
-            confirm(run, worker, store, display, here.to_dict(), meter)
-
-
 def search_budget(total: Budget) -> Budget:
     """What is left of a budget for searching if winners are confirmed afterwards."""
     if total.max_minutes is None or not total.confirm:
         return total
     return replace(total, max_minutes=(1 - CONFIRM_SHARE) * total.max_minutes)
-
-
-def confirm(
-    run: Run,
-    worker: MeasureWorker,
-    store: TuningStore,
-    display: TuneDisplay,
-    fingerprint: dict[str, str],
-    meter: Meter,
-) -> None:
-    """Race each provisional winner again in a new process, as long as there are minutes."""
-    from ..codegen.render import template_digest
-    from ..search.confirm import confirm_winner
-    from ..search.task import Task
-
-    worker.renew()
-    for number, outcome in enumerate(display.outcomes):
-        if outcome.winner is None or outcome.winner.verdict != "provisional":
-            continue
-        if run.budget.max_minutes is not None and meter.minutes >= run.budget.max_minutes:
-            display.note("the minutes are spent: winners that no second process confirmed stay provisional")
-            return
-        spec, problem = outcome.spec, outcome.problem
-        display.say(f"confirming {spec.family} {problem_text(problem.to_dict(), spec.family)}")
-        task = Task(spec, problem, fingerprint, template_digest(spec), run.policy)
-        display.outcomes[number] = replace(outcome, winner=confirm_winner(task, measurer=worker, store=store))
 
 
 def check_in_interpreter(run: Run, display: TuneDisplay) -> bool:
@@ -174,33 +102,9 @@ def check_in_interpreter(run: Run, display: TuneDisplay) -> bool:
     return right
 
 
-def predict(run: Run, store: TuningStore, display: TuneDisplay, guesses: list[Guess]) -> None:
-    """Rank every problem's configs for each absent GPU; what is found is appended to `guesses`."""
-    from ..search.predict import predict_problem, stored_predictions
-
-    targets = (target for target in run.targets for _ in run.work)
-    for spec, problem, budget in shares(run.budget, run.work * len(run.targets)):
-        target = next(targets)
-        if len(run.targets) > 1:
-            display.note(f"for {target}:")
-        try:
-            ranked = predict_problem(
-                spec, problem, target=target, store=store, budget=budget, progress=display, processes=run.jobs
-            )
-        except KeyboardInterrupt:
-            ranked = stored_predictions(spec, problem, target=target, store=store)
-            if ranked:
-                guesses.append(Guess(target, spec, problem, ranked))
-            raise
-        guesses.append(Guess(target, spec, problem, ranked))
-
-
-def shares(total: Budget, work: Sequence[Work]) -> Iterator[tuple[KernelSpec, Problem, Budget]]:
-    """Each problem with its budget: the minutes that are left, divided among the problems that are left."""
-    start = time.monotonic()
-    for number, (spec, problem) in enumerate(work):
-        if total.max_minutes is None:
-            yield spec, problem, total
-            continue
-        left = total.max_minutes - (time.monotonic() - start) / 60
-        yield spec, problem, replace(total, max_minutes=max(LEAST_MINUTES, left / (len(work) - number)))
+def share(total: Budget, spent_minutes: float, to_do: int, members: int = 1) -> Budget:
+    """The budget of the next of `to_do` problems, of which so many processes each do some at the same time."""
+    if total.max_minutes is None:
+        return total
+    left = total.max_minutes - spent_minutes
+    return replace(total, max_minutes=max(LEAST_MINUTES, left / max(1.0, to_do / members)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +13,15 @@ from typing import Any
 from urllib.parse import quote
 
 from sqlalchemy import URL, Connection, Engine, StaticPool, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
-from ..errors import StoreError
+from ..errors import DatabaseAway, StoreError
 
 BUSY_TIMEOUT_MS = 30_000
 MAX_VALUE_BYTES = 64 * 2**20  # of a text in a file that is only read: it may be somebody else's
+# of PostgreSQL's client library: a host that is gone is noticed within a minute, not after hours
+LIVELINESS = {"connect_timeout": 10, "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
 OTHER_DATABASE = "Name another database with `--db URL` or NSA_AUTOTUNE_DB, for example sqlite:////tmp/tuning.sqlite."
 # fragments of the drivers' messages -> rule, remedy
 EXPLANATIONS = (
@@ -36,6 +38,19 @@ EXPLANATIONS = (
     (("readonly", "read-only"), "the database is read-only", OTHER_DATABASE),
     (("unable to open", "disk i/o"), "the database cannot be opened", OTHER_DATABASE),
     (("disk is full",), "the disk of the database is full", "Free some space; nothing was half-written."),
+)
+# fragments of a server's messages that an equal attempt may not meet again
+AWAY = (
+    "connection refused",
+    "connection reset",
+    "connection is lost",
+    "connection timeout",
+    "temporary failure in name resolution",
+    "server closed the connection",
+    "terminating connection",
+    "the database system is",  # starting up, shutting down, in recovery
+    "no such file or directory",  # the socket of a server that is not running
+    "deadlock detected",
 )
 
 
@@ -134,6 +149,8 @@ def store_errors(location: Location) -> Iterator[None]:
 def _explain(error: Exception, location: Location) -> StoreError:
     messages = [str(getattr(step, "orig", None) or step) for step in _chain(error)]
     values: dict[str, object] = {"database": str(location), "message": (messages[0].splitlines() or [""])[0]}
+    if not location.is_sqlite and _is_away(error, messages):
+        return DatabaseAway("the database server does not answer", values, "Start it, or wait for it; then try again.")
     if location.path is not None:
         values["folder"] = str(location.path.parent)
     for message in messages:
@@ -141,6 +158,11 @@ def _explain(error: Exception, location: Location) -> StoreError:
             if any(fragment in message.lower() for fragment in fragments):
                 return StoreError(rule, {**values, "message": message.splitlines()[0]}, remedy)
     return StoreError("the database refused the operation", values, "Nothing of it was written.")
+
+
+def _is_away(error: Exception, messages: Sequence[str]) -> bool:
+    lost = isinstance(error, DBAPIError) and error.connection_invalidated
+    return lost or any(fragment in message.lower() for message in messages for fragment in AWAY)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -165,8 +187,10 @@ def _make_folder(folder: Path) -> None:
 
 
 def _server_engine(location: Location) -> Engine:
+    asked = LIVELINESS if location.url.get_backend_name() == "postgresql" else {}
+    arguments = {name: value for name, value in asked.items() if name not in location.url.query}
     try:
-        return create_engine(location.url, pool_pre_ping=True)
+        return create_engine(location.url, pool_pre_ping=True, connect_args=arguments)
     except NoSuchModuleError as error:
         raise StoreError("no such kind of database", {"url": str(location)}, "Use sqlite or postgresql.") from error
     except ImportError as error:

@@ -183,3 +183,19 @@ class DesignRow(Base):
     kind: Mapped[str]
     created: Mapped[str]
     tool_version: Mapped[str]
+
+
+class ClaimRow(Base):
+    """A unit of work with the process that has it; `digest` is the unit's natural key, times are seconds of UTC."""
+
+    __tablename__ = "nsa_claims"
+    digest: Mapped[str] = mapped_column(primary_key=True)
+    family: Mapped[str]
+    problem_key: Mapped[str]
+    template_digest: Mapped[str]
+    fingerprint_digest: Mapped[str]
+    policy: Mapped[str]
+    stage: Mapped[str]
+    owner: Mapped[str]  # a random id: nothing of the host is stored
+    expires_s: Mapped[float]
+    done_s: Mapped[float | None]  # when the owner was through with it

@@ -14,7 +14,7 @@ from .budget import Budget
 WORKED = ("ok", "same_code")  # statuses of configs that are right
 MAX_REASON_CHARS = 160  # of a reason in a summary; the database keeps it whole
 
-OutcomeKind = Literal["tuned", "known", "failed", "predicted", "interrupted"]
+OutcomeKind = Literal["tuned", "known", "elsewhere", "failed", "predicted", "interrupted"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,10 @@ class Effort:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one problem ended: `known` had a winner, `failed` has none, `interrupted` resumes with the same call."""
+    """How one problem ended: `known` had a winner, `failed` has none, `interrupted` resumes with the same call.
+
+    `elsewhere`: another process found the winner in the meantime.
+    """
 
     kind: OutcomeKind
     spec: KernelSpec

@@ -318,15 +318,14 @@ def test_budget_of_five_problems(arguments: tuple[str | None, int | None, float 
     assert tune_command.choose_budget(*arguments, parts=5, predicting=False) == expected
 
 
-def test_minutes_are_shared_among_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    monkeypatch.setattr(tune_run.time, "monotonic", lambda: now)
-    work = [(get_spec("gate_sum_fwd"), Problem(seq_q=seq, seq_k=seq)) for seq in (64, 128, 256, 512)]
-    found = []
-    for _, problem, budget in tune_run.shares(Budget(9, 8.0), work):
-        found.append((problem.seq_k, budget.max_trials, budget.max_minutes))
-        now += {64: 2.0, 128: 0.0, 256: 60.0, 512: 0.0}[problem.seq_k] * 60
-    assert found == [(64, 9, 2.0), (128, 9, 2.0), (256, 9, 3.0), (512, 9, tune_run.LEAST_MINUTES)]
+def test_minutes_are_shared_among_what_is_left() -> None:
+    spent_minutes, found = 0.0, []
+    for to_do, took in ((4, 2.0), (3, 0.0), (2, 60.0), (1, 0.0)):
+        budget = tune_run.share(Budget(9, 8.0), spent_minutes, to_do)
+        found.append((to_do, budget.max_trials, budget.max_minutes))
+        spent_minutes += took
+    assert found == [(4, 9, 2.0), (3, 9, 2.0), (2, 9, 3.0), (1, 9, tune_run.LEAST_MINUTES)]
+    assert tune_run.share(Budget(9), 100.0, 1) == Budget(9)
 
 
 def test_a_database_that_cannot_be_written_is_refused_before_any_work(
@@ -335,7 +334,7 @@ def test_a_database_that_cannot_be_written_is_refused_before_any_work(
     url = f"sqlite:///{tmp_path / 't.sqlite'}"
     TuningStore(url).close()
     monkeypatch.setattr("nsa_autotune.db.store.is_read_only", lambda location: True)
-    monkeypatch.setattr(tune_run, "predict", lambda *a: pytest.fail("work was begun"))
+    monkeypatch.setattr("nsa_autotune.cli.tune_predict.predict", lambda *a: pytest.fail("work was begun"))
     monkeypatch.setattr(tune_run, "check_in_interpreter", lambda *a: pytest.fail("work was begun"))
     line = (
         "tune",

@@ -14,7 +14,7 @@ from cpu.search_fakes import DEFAULT, FINGERPRINT, PROBLEM, SPACE, SPEC, digest_
 
 from nsa_autotune.bench.journal import SUSPICION, Journal, StageLines
 from nsa_autotune.bench.result import TrialResult
-from nsa_autotune.cli import tune_run
+from nsa_autotune.cli import tune_measure, tune_run
 from nsa_autotune.cli.app import main
 from nsa_autotune.cli.doctor import quarantine_text
 from nsa_autotune.codegen.render import template_digest
@@ -270,7 +270,7 @@ def test_a_full_database_ends_the_run_and_loses_nothing(
     fake_worker: type[FakeWorker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """SQLite's own limit stands for a full disk: the error is the same."""
-    real = tune_run.measure
+    real = tune_measure.measure
 
     def with_a_full_disk(run: tune_run.Run, store: TuningStore, display: object) -> None:
         @sa.event.listens_for(store._engine, "begin")
@@ -281,7 +281,7 @@ def test_a_full_database_ends_the_run_and_loses_nothing(
 
         real(run, store, display)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(tune_run, "measure", with_a_full_disk)
+    monkeypatch.setattr(tune_measure, "measure", with_a_full_disk)
     monkeypatch.setattr(FakeWorker, "measure", measure_with_long_reason)
     assert main(command(tmp_path)) == 2
     err = " ".join(capsys.readouterr().err.split())
@@ -289,7 +289,7 @@ def test_a_full_database_ends_the_run_and_loses_nothing(
     with TuningStore(f"sqlite:///{tmp_path / 'tuning.sqlite'}") as store:
         kept = len(store.trials())
     assert 2 <= kept == len(fake_worker.asked) - 1
-    monkeypatch.setattr(tune_run, "measure", real)
+    monkeypatch.setattr(tune_measure, "measure", real)
     assert main(command(tmp_path)) == 0
     with TuningStore(f"sqlite:///{tmp_path / 'tuning.sqlite'}") as store:
         assert len(store.winners(gpu=FINGERPRINT["gpu"])) == 2 and len(store.trials()) > kept
