@@ -146,6 +146,7 @@ class _Measuring:
         except ClaimLost as error:
             if self.display.outcomes and self.display.outcomes[-1].kind == "interrupted":
                 self.display.outcomes.pop()  # it goes on elsewhere
+            self.mine.discard(unit_of(task).digest)
             self.display.note(str(error))
             return False
         return True
@@ -193,10 +194,15 @@ class _Measuring:
             unit = unit_of(task, "retry")
             if not suspected(self.store, task) or self.lease.take(unit) != "mine":
                 continue
-            with self.lease.working(unit):
-                for trial in retry_suspected(self.store, task, self.worker):
-                    text = f"{task.spec.family}: tried once more: {trial.status} {trial.reason}  {trial.config}"
-                    self.display.note(text)
+            try:
+                with self.lease.working(unit):
+                    tried = retry_suspected(self.store, task, self.worker)
+            except ClaimLost as error:
+                self.display.note(str(error))
+                continue
+            for trial in tried:
+                text = f"{task.spec.family}: tried once more: {trial.status} {trial.reason}  {trial.config}"
+                self.display.note(text)
 
     def tell_of_others(self, left: list[Work]) -> None:
         """What other processes did, and have."""
