@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 from dataclasses import asdict, replace
@@ -57,8 +56,7 @@ def tune_as_member(run: Run) -> int:
 def main() -> int:
     """Read the order and do it; SIGTERM ends it as Ctrl-C does, with everything stored."""
     run, parent = run_of(sys.stdin.readline())
-    if parent == os.getppid():
-        die_with_parent(parent)
+    die_with_parent(parent)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))  # an actor's child begins without them

@@ -149,6 +149,7 @@ class _Measuring:
         except ClaimLost as error:
             if self.display.outcomes and self.display.outcomes[-1].kind == "interrupted":
                 self.display.outcomes.pop()  # it goes on elsewhere
+            self.mine.discard(unit_of(task).digest)
             self.display.note(str(error))
             return False
         return True
@@ -197,16 +198,23 @@ class _Measuring:
             unit = unit_of(task, "retry")
             if not suspected(self.store, task) or self.lease.take(unit) != "mine":
                 continue
-            with self.lease.working(unit):
-                tried = retry_suspected(self.store, task, self.worker)
-                for trial in tried:
-                    text = f"{task.spec.family}: tried once more: {trial.status} {trial.reason}  {trial.config}"
-                    self.display.note(text)
-                winner = known_winner(self.store, task)
-                if any(contends(trial, winner) for trial in tried):
-                    race_again(task, self.store, self.display, self.worker)
-                    raced = True
+            try:
+                with self.lease.working(unit):
+                    raced |= self._retry(task)
+            except ClaimLost as error:
+                self.display.note(str(error))
         return raced
+
+    def _retry(self, task: Task) -> bool:
+        tried = retry_suspected(self.store, task, self.worker)
+        for trial in tried:
+            text = f"{task.spec.family}: tried once more: {trial.status} {trial.reason}  {trial.config}"
+            self.display.note(text)
+        winner = known_winner(self.store, task)
+        if not any(contends(trial, winner) for trial in tried):
+            return False
+        race_again(task, self.store, self.display, self.worker)
+        return True
 
     def tell_of_others(self, left: list[Work]) -> None:
         """What other processes did, and have."""

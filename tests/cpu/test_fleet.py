@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -215,6 +217,21 @@ def test_the_work_of_a_killed_process_is_taken_over(
     counts = search_trials(url)
     assert len(counts) == PROBLEMS * CONFIGS and set(counts.values()) == {1}, "its trials count"
     assert set(fleet.told(0)) <= stored_digests(url), "what it told is stored"
+    assert winners_of(url) == alone
+
+
+def test_a_process_that_was_stopped_stores_nothing_for_work_that_is_no_longer_its_own(
+    forker: Forker, tmp_path: Path, url: str, alone: dict[int, tuple[str, float, str]]
+) -> None:
+    fleet = forker.start(tmp_path / "fleet", [*COMMAND, "--db", url], 2, delay_s=0.02)
+    fleet_fakes.until(lambda: len(fleet.told(0)) >= 3, 60.0)
+    os.kill(fleet.pid(0), signal.SIGSTOP)
+    fleet_fakes.until((tmp_path / "fleet" / "1.code").exists, 60.0)
+    os.kill(fleet.pid(0), signal.SIGCONT)
+    assert fleet.wait() == [0, 0]
+    assert "taken over by another process" in fleet.said(0)
+    counts = search_trials(url)
+    assert len(counts) == PROBLEMS * CONFIGS and set(counts.values()) == {1}
     assert winners_of(url) == alone
 
 
