@@ -187,7 +187,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _server_engine(location: Location) -> Engine:
-    asked = LIVELINESS if location.url.get_backend_name() == "postgresql" else {}
+    asked = LIVELINESS if location.url.drivername in ("postgresql+psycopg", "postgresql+psycopg2") else {}
     arguments = {name: value for name, value in asked.items() if name not in location.url.query}
     try:
         return create_engine(location.url, pool_pre_ping=True, connect_args=arguments)
