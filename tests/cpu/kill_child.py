@@ -19,8 +19,10 @@ from cpu.test_cli_tune import FINGERPRINT, FakeWorker
 from nsa_autotune.bench import worker as worker_module
 from nsa_autotune.bench.journal import RACE, Journal, StageLines
 from nsa_autotune.bench.result import TrialResult
+from nsa_autotune.cli import tune_measure
 from nsa_autotune.cli.app import main as command
 from nsa_autotune.db import store as store_module
+from nsa_autotune.db.shared import SharedStore
 from nsa_autotune.db.store import TuningStore
 from nsa_autotune.dispatch import fingerprint as fingerprint_module
 from nsa_autotune.dispatch.fingerprint import Fingerprint
@@ -28,6 +30,7 @@ from nsa_autotune.spec import Config, Problem, canonical_json
 
 ARGUMENTS = ("tune", "--families", "gate_sum_fwd", "--seq", "1k", "--trials", "60", "--jobs", "1")
 MEASURING_S = 0.003  # so that some kills hit a kernel
+LEASE_S, LOOK_AGAIN_S = 1.0, 0.05  # the claim of a killed run is waited out
 
 
 class JournalledWorker(FakeWorker):
@@ -81,10 +84,11 @@ def tune(folder: Path) -> int:
     """A whole run; the exit code."""
     os.environ["NSA_AUTOTUNE_STATE_DIR"] = str(folder)
     told = os.open(folder / "told", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    TuningStore.add_trials = telling(TuningStore.add_trials, lambda records: [r.digest for r in records], told)  # type: ignore[method-assign]
+    SharedStore.add_trials = telling(SharedStore.add_trials, lambda records: [r.digest for r in records], told)  # type: ignore[method-assign]
     store_module.shipped_files = dict
     worker_module.MeasureWorker = JournalledWorker  # type: ignore[assignment,misc]
     fingerprint_module.current = lambda device: Fingerprint(**FINGERPRINT)
+    tune_measure.LEASE_S, tune_measure.LOOK_AGAIN_S = LEASE_S, LOOK_AGAIN_S
     log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
