@@ -106,7 +106,7 @@ class _Measuring:
             if len(busy) == len(left):
                 if budget.max_minutes is not None and self.meter.minutes >= budget.max_minutes:
                     break
-                self.display.say(f"waiting for {len(busy)} problems that other processes have")
+                self.display.say(waiting_text(len(busy)))
                 time.sleep(LOOK_AGAIN_S)
             left = busy
         return left
@@ -223,6 +223,13 @@ class _Measuring:
             self.display.note(f"{elsewhere} of {len(self.run.work)} problems were tuned by other processes meanwhile")
         if left:
             self.display.note(left_text(len(left)))
+
+
+def waiting_text(count: int) -> str:
+    """What is said while there is nothing else to do."""
+    return (
+        f"waiting for {count} problems of other processes; those of one that was killed are free after {LEASE_S:.0f} s"
+    )
 
 
 def left_text(count: int) -> str:

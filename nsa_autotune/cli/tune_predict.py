@@ -15,7 +15,7 @@ from ..search.budget import Budget, Meter
 from ..search.lease import Lease, unit_of
 from ..search.task import Task
 from .console import problem_text
-from .tune_measure import LOOK_AGAIN_S, left_text
+from .tune_measure import LOOK_AGAIN_S, left_text, waiting_text
 from .tune_report import Guess
 from .tune_run import Run, share
 
@@ -42,7 +42,7 @@ def predict(run: Run, store: SharedStore, display: TuneDisplay, guesses: list[Gu
                 if run.budget.max_minutes is not None and meter.minutes >= run.budget.max_minutes:
                     display.note(left_text(len(left)))
                     return
-                display.say(f"waiting for {len(busy)} problems that other processes have")
+                display.say(waiting_text(len(busy)))
                 time.sleep(LOOK_AGAIN_S)
             left = busy
 
