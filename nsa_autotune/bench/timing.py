@@ -111,6 +111,12 @@ class WallClock:
         return (time.perf_counter() - started) * 1e6 / launches
 
 
+def _larger_than_l2(device: torch.device) -> torch.Tensor:
+    """What leaves nothing else in the second-level cache when it is overwritten."""
+    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    return torch.empty(max(2 * l2_bytes, 64 << 20), dtype=torch.int8, device=device)
+
+
 class CudaClock:
     """CUDA events around each launch, the second-level cache overwritten before it.
 
@@ -119,8 +125,7 @@ class CudaClock:
 
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
-        l2_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size
-        self._flush = torch.empty(max(2 * l2_bytes, 64 << 20), dtype=torch.int8, device=self.device)
+        self._flush = _larger_than_l2(self.device)
         self._host_us = 100.0  # to enqueue one flush, two events and a launch
 
     def elapsed_us(self, fn: Fn, launches: int, cold_l2: bool) -> float:
@@ -150,8 +155,7 @@ class GraphClock:
 
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
-        l2_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size
-        self._flush = torch.empty(max(2 * l2_bytes, 64 << 20), dtype=torch.int8, device=self.device)
+        self._flush = _larger_than_l2(self.device)
         self._graphs: OrderedDict[tuple[int, int, bool], tuple[Fn, torch.cuda.CUDAGraph]] = OrderedDict()
 
     def elapsed_us(self, fn: Fn, launches: int, cold_l2: bool) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -79,14 +79,14 @@ def compile_variant(spec: KernelSpec, problem: Problem, config: Config, target: 
     except Exception as error:  # whatever the compiler raises is this variant's failure, told with its template lines
         raise KernelError(f"{spec.family} does not compile for {target}: {explain(error, rendered)}") from error
     compile_ms = (time.perf_counter() - started) * 1e3
-    resources = combine_resources([_read(kernel) for kernel in kernels], compile_ms, seen)
-    resources = replace(resources, launch_sha=launch_sha(rendered.source))
+    parts, host = [_read(kernel) for kernel in kernels], launch_sha(rendered.source)
+    resources = combine_resources(parts, compile_ms, seen, host)
     _check_fits(resources, goal, rendered)
     return resources
 
 
-def combine_resources(parts: list[Resources], compile_ms: float, seen: Launches) -> Resources:
-    """The largest demand over a variant's kernels."""
+def combine_resources(parts: list[Resources], compile_ms: float, seen: Launches, host: str) -> Resources:
+    """The largest demand over a variant's kernels; `host` is the identity of its host code."""
     return Resources(
         registers=max(part.registers for part in parts),
         shared_bytes=max(part.shared_bytes for part in parts),
@@ -96,6 +96,7 @@ def combine_resources(parts: list[Resources], compile_ms: float, seen: Launches)
         compile_ms=compile_ms,
         num_programs=max(seen.programs, default=0),
         call_sha=seen.call_sha,
+        launch_sha=host,
     )
 
 

@@ -15,7 +15,7 @@ from ..kernels import all_specs
 from ..spec import Config, KernelSpec, Problem, canonical_json
 
 MAX_SPILL_BYTES = 512  # a thread; more was never near the best
-TIMEOUT_S = 90.0
+TIMEOUT_S = 90.0  # of a compilation
 AHEAD = 3  # configs under way for each compiling process
 
 

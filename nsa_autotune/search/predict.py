@@ -14,6 +14,7 @@ from ..db.records import TrialRecord
 from ..db.store import TuningStore
 from ..dispatch.fingerprint import for_target
 from ..spec import Config, KernelSpec, Problem
+from .ahead import MAX_SPILL_BYTES, TIMEOUT_S
 from .budget import Budget, Meter
 from .guess import terms_of
 from .progress import NullProgress, Outcome, OutcomeKind, Plan, Progress, TrialEvent, count_reasons, count_statuses
@@ -23,8 +24,7 @@ from .space import config_key
 from .task import Task, known_correction, known_trials
 
 DEFAULT_CANDIDATES = 64  # compiled when the budget names minutes only
-MAX_SPILL_BYTES = 512  # a thread; more was never near the best
-COMPILE_TIMEOUT_S, LEAST_TIMEOUT_S = 90.0, 15.0
+LEAST_TIMEOUT_S = 15.0  # of a compilation, however short the budget
 
 
 class CompileMany(Protocol):
@@ -171,8 +171,8 @@ class _Predicting:
 def time_limit_s(budget: Budget) -> float:
     """For one compilation: no longer than the budget, but long enough for most."""
     if budget.max_minutes is None:
-        return COMPILE_TIMEOUT_S
-    return min(COMPILE_TIMEOUT_S, max(LEAST_TIMEOUT_S, 60 * budget.max_minutes))
+        return TIMEOUT_S
+    return min(TIMEOUT_S, max(LEAST_TIMEOUT_S, 60 * budget.max_minutes))
 
 
 def candidate_configs(task: Task, count: int, seed: int) -> list[Config]:
