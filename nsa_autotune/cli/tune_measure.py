@@ -167,25 +167,44 @@ class _Measuring:
     def confirm_all(self, stage: Stage = "confirm") -> None:
         """Race each provisional winner again in a new process, as long as there are minutes."""
         self.worker.renew()
-        for number, outcome in enumerate(self.display.outcomes):
-            if outcome.winner is None or outcome.winner.verdict != "provisional":
-                continue
+        outcomes = self.display.outcomes
+        open_ones = [n for n, o in enumerate(outcomes) if o.winner is not None and o.winner.verdict == "provisional"]
+        tasks = [self.task((outcomes[number].spec, outcomes[number].problem)) for number in open_ones]
+        for place, is_mine in self._claim_each(tasks, stage):
             if self.run.budget.max_minutes is not None and self.meter.minutes >= self.run.budget.max_minutes:
                 text = "the minutes are spent: winners that no second process confirmed stay provisional"
                 self.display.note(text)
                 return
-            winner = self._confirm(self.task((outcome.spec, outcome.problem)), stage)
-            self.display.outcomes[number] = replace(outcome, winner=winner)
+            task, number = tasks[place], open_ones[place]
+            winner = self._confirm(task, stage) if is_mine else known_winner(self.store, task)
+            outcomes[number] = replace(outcomes[number], winner=winner)
+
+    def _claim_each(self, tasks: list[Task], stage: Stage) -> Iterator[tuple[int, bool]]:
+        """The index of each task, and whether its stage is this process's to do.
+
+        What others have comes last: a killed process's claims run out in a lease's time, a live one's do not.
+        """
+        left, waited_s = list(range(len(tasks))), 0.0
+        while left:
+            busy: list[int] = []
+            for index in left:
+                state = self.lease.take(unit_of(tasks[index], stage))
+                if state == "busy" and waited_s <= self.lease.seconds + LOOK_AGAIN_S:
+                    busy.append(index)
+                else:
+                    yield index, state == "mine"
+            if busy:
+                self.display.say(waiting_text(len(busy)))
+                time.sleep(LOOK_AGAIN_S)
+                waited_s += LOOK_AGAIN_S
+            left = busy
 
     def _confirm(self, task: Task, stage: Stage) -> WinnerRecord | None:
-        """The winner after its second race, or as another process has left it."""
-        unit = unit_of(task, stage)
-        if self.lease.take(unit) != "mine":
-            return known_winner(self.store, task)
+        """The winner after its second race."""
         family = task.spec.family
         self.display.say(f"confirming {family} {problem_text(task.problem.to_dict(), family)}")
         try:
-            with self.lease.working(unit):
+            with self.lease.working(unit_of(task, stage)):
                 return confirm_winner(task, measurer=self.worker, store=self.store)
         except ClaimLost as error:
             self.display.note(str(error))
@@ -194,12 +213,13 @@ class _Measuring:
     def retry_suspects(self) -> bool:
         """Measure once more, when all else is done, what a journal suspects; True if finalists raced again with it."""
         raced = False
-        for task in map(self.task, self.run.work):
-            unit = unit_of(task, "retry")
-            if not suspected(self.store, task) or self.lease.take(unit) != "mine":
+        suspects = [task for task in map(self.task, self.run.work) if suspected(self.store, task)]
+        for place, is_mine in self._claim_each(suspects, "retry"):
+            task = suspects[place]
+            if not is_mine:
                 continue
             try:
-                with self.lease.working(unit):
+                with self.lease.working(unit_of(task, "retry")):
                     raced |= self._retry(task)
             except ClaimLost as error:
                 self.display.note(str(error))

@@ -55,18 +55,22 @@ class JournalledWorker(FakeWorker):
         self._journal.answered()
         return results
 
+    def renew(self) -> None:
+        """Between the search and the race that confirms."""
+        die_if_told(self._journal.path.parent / "die_at", ())
+        super().renew()
+
     def measure(self, family: str, problem: Problem, config: Config) -> TrialResult:
         """One sample."""
         return self.race(family, problem, [config])[0]
 
 
 def die_if_told(order: Path, configs: Sequence[Config]) -> None:
-    """SIGKILL for this process, once, while it measures what a file names: `race`, or a config as JSON."""
-    if order.exists():
-        told = order.read_text()
-        if told == "race" if len(configs) > 1 else told == canonical_json(configs[0]):
-            order.unlink()
-            os.kill(os.getpid(), signal.SIGKILL)
+    """SIGKILL for this process, once, at what a file names: a config as JSON, `race`, or `renew` (nothing measured)."""
+    here = "race" if len(configs) > 1 else canonical_json(configs[0]) if configs else "renew"
+    if order.exists() and order.read_text() == here:
+        order.unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def telling(write: Callable[..., Any], digests: Callable[[Any], list[str]], told: int) -> Callable[..., Any]:

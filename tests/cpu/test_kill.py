@@ -120,12 +120,12 @@ def test_a_killed_run_keeps_what_it_told_and_ends_as_if_nothing_was(
     assert winner.verdict == undisturbed.winner.verdict
 
 
-@pytest.mark.parametrize("moment", ["best", "race"])
-def test_a_run_killed_while_it_measured_the_best_still_ends_with_it(
+@pytest.mark.parametrize("moment", ["best", "race", "renew"])
+def test_a_run_killed_at_a_bad_moment_still_ends_with_the_best_confirmed(
     tuner: Tuner, undisturbed: Undisturbed, tmp_path: Path, moment: str
 ) -> None:
     order = tmp_path / "die_at"
-    order.write_text(canonical_json(undisturbed.winner.config) if moment == "best" else "race")
+    order.write_text(canonical_json(undisturbed.winner.config) if moment == "best" else moment)
     code, _ = tuner.run(tmp_path)
     assert code == -signal.SIGKILL and not order.exists()
     code, _ = tuner.run(tmp_path)  # suspects the config, tries it once more last, and lets it race
