@@ -130,7 +130,8 @@ def compressed_decode(
 def select_decode(scores: Tensor, lengths: Tensor, config: NSAConfig) -> Tensor:
     """Eq. 11-12 for the importance of the last Q tokens: int32 `[B, Q, H, n]`, ascending, then -1."""
     positions = positions_of(lengths, scores.shape[1]).flatten()
-    return reference.select_from_importance(scores.flatten(0, 1), config, positions).unflatten(0, scores.shape[:2])
+    blocks = reference.select_from_importance(scores.flatten(0, 1), config, positions)
+    return blocks.view(*scores.shape[:3], -1)
 
 
 def selected_window_decode(
