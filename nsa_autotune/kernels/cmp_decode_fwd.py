@@ -51,6 +51,7 @@ def defaults(problem: Problem) -> Config:
     """Splits of about 4096 tokens, small tiles: works on every GPU from sm_80 on."""
     wide = problem.d_qk + problem.d_v > 256 or problem.dtype == "float32"
     block_n = max(32 if wide or rows(problem) > 64 else 64, ratio(problem))
+    pipelined = g.tiles_fit(problem, {"BLOCK_N": block_n, "num_stages": 2})
     return {
         "BLOCK_N": block_n,
         "SPLIT": max(256, block_n),
@@ -58,7 +59,7 @@ def defaults(problem: Problem) -> Config:
         "BLOCK_J": max(128, c.next_power_of_2(problem.nsa.num_selected)),
         "finish": "ticket",
         "num_warps": 4,
-        "num_stages": 2,
+        "num_stages": 2 if pipelined else 1,
     }
 
 
@@ -139,7 +140,7 @@ SPEC = KernelSpec(
         Param("BLOCK_N", (16, 32, 64, 128), "compressed rows a tile", reserve=(256,)),
         Param("SPLIT", (64, 128, 256, 512, 1024), "compressed rows a program", reserve=(32, 2048)),
         Param("BLOCK_S", (4, 8, 16), "splits joined at once", reserve=(2, 32)),
-        Param("BLOCK_J", (64, 128, 256), "selection blocks a step of the top-n", reserve=(32, 512)),
+        Param("BLOCK_J", (32, 64, 128, 256), "selection blocks a step of the top-n", reserve=(512,)),
         g.FINISH,
         c.NUM_WARPS,
         c.NUM_STAGES,
@@ -156,7 +157,7 @@ SPEC = KernelSpec(
         ),
         Constraint("accumulators and scores must fit in 240 registers a thread", _scores_fit),
         Constraint("masses of one step of the top-n must fit in 120 registers a thread", _candidates_fit),
-        c.TILES_FIT,
+        g.TILES_FIT,
     ),
     rules=(
         *g.RULES,
