@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from ..paged import Pages
+from ..paged_append import write_compressed, write_tokens
+from ..reference import PhiWeights
 from ..spec import ELEMENT_BYTES, Argument, Config, Param, Problem, ProblemRule, Value
 from . import _common as c
 
@@ -88,6 +94,38 @@ def state_tokens(name: str, width: str) -> tuple[Argument, Argument]:
 def state_cells(name: str, width: str) -> tuple[Argument, Argument]:
     """Pages of compressed rows that the kernel adds to."""
     return pages(name, "CELLS", width, "state_cells", "state_scale")
+
+
+def pages_in(inputs: dict[str, Any], name: str) -> Pages:
+    """A copy of pages that were given to a reference; fp8 ones that were made wide for it lose their scale."""
+    data, scale = inputs[name].clone(), inputs.get(f"{name.removesuffix('_pages')}_scale")
+    if scale is None or data.dtype != torch.float8_e4m3fn:
+        return Pages(data if scale is None else data * scale[:, None, :, None])
+    return Pages(data, scale.clone())
+
+
+def values_of(pages: Pages) -> Tensor:
+    """All rows of pages as numbers: fp8 ones times their scale, in float32."""
+    return pages.data if pages.scale is None else pages.data.float() * pages.scale[:, None, :, None]
+
+
+def appended(inputs: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """What pages of `names` hold, as `values_of`, after the tokens k_new and v_new were written."""
+    found = {}
+    for name in names:
+        pages = pages_in(inputs, name)
+        write_tokens(pages, inputs["block_table"], inputs["lengths"], inputs[f"{name[0]}_new"])
+        found[name] = values_of(pages)
+    return found
+
+
+def compressed(
+    problem: Problem, inputs: dict[str, Any], raw: Pages, name: str, phi: PhiWeights | None = None
+) -> Tensor:
+    """What the cells `name` hold, as `values_of`, after the rows were written that the new tokens complete."""
+    cells = pages_in(inputs, name)
+    write_compressed(raw, cells, inputs["block_table"], inputs["lengths"], problem.seq_q, problem.nsa, phi)
+    return values_of(cells)
 
 
 PROBLEM_FIELDS = (

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from ..reference import PhiWeights
 from ..spec import ELEMENT_BYTES, Argument, Config, Constraint, Cost, KernelSpec, Param, Problem, Value
 from . import _append as a
 from . import _common as c
@@ -48,7 +51,10 @@ def run_reference(
     problem: Problem, inputs: dict[str, Any], layout: Any = None, positions: Any = None
 ) -> dict[str, Any]:
     """The paper's equation in PyTorch, on the cells as they were; the position encoding is already part of b1."""
-    raise NotImplementedError
+    w1 = inputs["w1"]
+    position = torch.zeros(problem.nsa.compress_block_size, problem.d_qk, dtype=w1.dtype, device=w1.device)
+    phi = PhiWeights(position, w1, inputs["b1"].to(w1.dtype), inputs["w2"], inputs["b2"].to(w1.dtype))
+    return {"x_cmp": a.compressed(problem, inputs, a.pages_in(inputs, "x_pages"), "x_cmp", phi)}
 
 
 def _registers_fit(problem: Problem, config: Config) -> bool:

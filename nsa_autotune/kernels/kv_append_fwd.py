@@ -25,7 +25,7 @@ def run_reference(
     problem: Problem, inputs: dict[str, Any], layout: Any = None, positions: Any = None
 ) -> dict[str, Any]:
     """The pages with the new tokens in them."""
-    raise NotImplementedError
+    return a.appended(inputs, ("k_pages", "v_pages"))
 
 
 SPEC = KernelSpec(
