@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..codegen.shapes import resolve_dtype
+from ..codegen.shapes import is_left_out, resolve_dtype
 from ..errors import InvalidInput
 from ..spec import Argument, KernelSpec, Problem
 from .compare import AccuracyReport, compare_blocks, compare_floats
@@ -26,6 +26,7 @@ from .inputs import (
 )
 from .parts import Part, sampled, whole
 from .scratch import Scratch, guarded_scratch
+from .state import compare_state
 
 Launch = Callable[..., Any]
 GATE_TOKENS = 1031  # at least: an odd number past the default window and a block boundary
@@ -75,6 +76,8 @@ def gate_problem(problem: Problem) -> Problem:
     if problem.layout == "packed":
         batch = min(problem.batch, GATE_SEQUENCES)
         tokens *= min(batch, 2)
+    elif problem.layout == "paged":
+        batch = GATE_SEQUENCES  # ragged ones, whatever the problem's batch
     if problem.seq_k <= tokens:
         return problem.replace(batch=batch)
     seq_q = tokens if problem.seq_q == problem.seq_k else min(problem.seq_q, tokens // 2)
@@ -103,7 +106,8 @@ def prepare_gate(spec: KernelSpec, problem: Problem, device: torch.device | str,
         inputs = make_inputs(spec, problem, device, seed)
         if tied:  # every score becomes a sum of ones, so that equal ones are equal in any order of addition
             find_vectors(spec, inputs.tensors, "Q").zero_()
-            find_filled(spec, inputs.tensors, "lse").zero_()
+            if any(argument.fill == "lse" for argument in spec.arguments):
+                find_filled(spec, inputs.tensors, "lse").zero_()
         pristine = {
             argument.name: storage_bytes(tensor).clone()
             for argument in spec.arguments
@@ -151,7 +155,8 @@ def run_cases(cases: tuple[Case, ...], launch: Launch) -> AccuracyReport:
 
 
 def _launch_and_judge(case: Case, launch: Launch, which: int) -> list[AccuracyReport]:
-    outputs = {a.name: case.inputs.tensors[a.name] for a in case.spec.arguments if a.is_output}
+    written = [a for a in case.spec.arguments if a.is_output and not is_left_out(a, case.problem)]
+    outputs = {a.name: case.inputs.tensors[a.name] for a in written}
     guards: dict[str, Tensor] = {}
     for name, tensor in outputs.items():
         if tensor is None:
@@ -159,6 +164,8 @@ def _launch_and_judge(case: Case, launch: Launch, which: int) -> list[AccuracyRe
         bytes_of = storage_bytes(tensor)
         poison(torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage()), which)
         guards[name] = bytes_of[:GUARD_BYTES].clone()
+        if name in case.inputs.before:
+            tensor.copy_(case.inputs.before[name])
         if tensor.is_cuda:
             torch.cuda.synchronize(tensor.device)
     with guarded_scratch(launch, which) as scratch:
@@ -181,7 +188,10 @@ def judge(spec: KernelSpec, expected: Expected, inputs: TrialInputs) -> Accuracy
             continue
         out = part.cut(argument, tensor)
         if _is_selection(argument, part.problem) and expected.scores is not None:
+            out = out.flatten(0, 1) if part.problem.layout == "paged" else out  # sequences have positions of their own
             report = compare_blocks(out, *expected.scores, part.positions, part.problem.nsa, part.problem.dtype)
+        elif argument.is_state:
+            report = compare_state(argument, tensor, inputs, expected.reference, expected.baseline)
         else:
             wide, base = expected.reference[argument.name], expected.baseline[argument.name]
             report = compare_floats(argument.name, out, wide, base, has_rows=str(argument.shape[-1]).startswith("D_"))
@@ -217,6 +227,9 @@ def _reference(spec: KernelSpec, part: Part, given: dict[str, Tensor]) -> Mappin
 
 
 def _importance(spec: KernelSpec, part: Part, given: dict[str, Tensor]) -> Tensor:
+    if spec.importance is not None:
+        scores: Tensor = spec.importance(part.problem, given)
+        return scores
     tensors: dict[str, Tensor | None] = dict(given)
     q, k_cmp = find_vectors(spec, tensors, "Q"), find_vectors(spec, tensors, "C")
     lse = find_filled(spec, tensors, "lse")

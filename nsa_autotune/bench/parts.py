@@ -29,11 +29,15 @@ class Part:
     where: str = ""  # what its coordinates count, for people
 
     def given(self, spec: KernelSpec, inputs: TrialInputs) -> dict[str, Tensor]:
-        """The input tensors of the part by argument name, without index tensors."""
+        """The input tensors of the part by argument name, and what a launch adds to; without index tensors."""
         chosen: dict[str, Tensor] = {}
         for argument in spec.arguments:
             tensor = inputs.tensors[argument.name]
-            if tensor is not None and not argument.is_output and argument.fill not in INDEX_FILLS:
+            if tensor is None or argument.fill in INDEX_FILLS:
+                continue
+            if argument.is_state:
+                chosen[argument.name] = inputs.before[argument.name]
+            elif not argument.is_output:
                 chosen[argument.name] = self.cut(argument, tensor)
         return chosen
 
@@ -90,6 +94,8 @@ def sampled(
     A gradient that sums over queries or windows is checked with cotangents that are zero but in those rows, so that
     the reference needs these alone, and all other sequences must get nothing.
     """
+    if problem.layout == "paged":  # a few tokens a sequence: the reference does them all
+        return Sample((whole(problem, inputs, device),), {})
     sides = {argument.shape[0] for argument in spec.arguments if argument.shape}
     summed, chosen = sums_over(spec), _chosen(list(_sequences(problem, inputs.layout)))
     share = max(4, rows // max(1, len(chosen)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,26 +11,17 @@ from torch import Tensor
 from ..paged import Pages
 from ..paged_append import write_compressed, write_tokens
 from ..reference import PhiWeights
-from ..spec import ELEMENT_BYTES, Argument, Config, Param, Problem, ProblemRule, Value
+from ..spec import Argument, Config, Param, Problem, ProblemRule, Value
 from . import _common as c
+from . import _paged as g
 
-MOST_NEW_TOKENS = 8  # of a sequence and step
 NUM_WARPS = Param("num_warps", (1, 2, 4, 8), "warps of a program")
 RESCALED_AT_ONCE = 16  # rows of a page, where its fp8 scale grew
-TABLE = (
-    Argument("block_table", ("B", "TABLE"), "int32", fill="table"),
-    Argument("lengths", ("B",), "int32", fill="lengths"),
-)
 
 
 def is_fp8(problem: Problem) -> bool:
     """True if the pages hold float8_e4m3fn."""
     return problem.cache_dtype != "problem"
-
-
-def cache_bytes(problem: Problem) -> int:
-    """Bytes of an element of a page."""
-    return 1 if is_fp8(problem) else ELEMENT_BYTES[problem.dtype]
 
 
 def new_token_slots(problem: Problem) -> int:
@@ -54,8 +46,8 @@ def structure(problem: Problem, config: Config) -> dict[str, Any]:
 
 def widths(problem: Problem) -> dict[str, Value]:
     """Head dims, and the powers of two that hold them: nothing is multiplied, so that they need not be split."""
-    dims = {"D_QK": problem.d_qk, "D_V": problem.d_v}
-    values = {**dims, "BLOCK_QK": c.next_power_of_2(problem.d_qk), "BLOCK_V": c.next_power_of_2(problem.d_v)}
+    values: dict[str, Value] = {"D_QK": problem.d_qk, "D_V": problem.d_v}
+    values |= {"BLOCK_QK": c.next_power_of_2(problem.d_qk), "BLOCK_V": c.next_power_of_2(problem.d_v)}
     return {**values, "BLOCK_R": RESCALED_AT_ONCE} if is_fp8(problem) else values
 
 
@@ -72,33 +64,20 @@ def pool_constants(problem: Problem, config: Config) -> dict[str, Value]:
     }
 
 
-def pages(name: str, rows: str, width: str, fill: str, scale_fill: str) -> tuple[Argument, Argument]:
-    """Pages of "PAGE" tokens or "CELLS", and the scales that they have if fp8: k_pages, k_scale; k_cmp, k_cmp_scale."""
-    scale = f"{name.removesuffix('_pages')}_scale"
-    return (
-        Argument(name, ("PAGES", rows, "H", width), "cache", fill=fill),
-        Argument(scale, ("PAGES", "H"), "float32", fill=scale_fill),
-    )
-
-
-def read_pages(name: str, width: str) -> tuple[Argument, Argument]:
+def read_pages(name: str, width: str) -> tuple[Argument, ...]:
     """Pages of tokens that the kernel reads."""
-    return pages(name, "PAGE", width, "tokens", "page_scale")
+    return g.page_arguments(name, "PAGE", "tokens", width)
 
 
-def state_tokens(name: str, width: str) -> tuple[Argument, Argument]:
-    """Pages of tokens that the kernel adds to."""
-    return pages(name, "PAGE", width, "state_tokens", "state_scale")
-
-
-def state_cells(name: str, width: str) -> tuple[Argument, Argument]:
-    """Pages of compressed rows that the kernel adds to."""
-    return pages(name, "CELLS", width, "state_cells", "state_scale")
+def state_pages(name: str, rows: str, width: str) -> tuple[Argument, ...]:
+    """Pages of "PAGE" tokens or "CELLS" that the kernel adds to, and their scales."""
+    pages, scale = g.page_arguments(name, rows, "state_tokens" if rows == "PAGE" else "state_cells", width)
+    return (pages, replace(scale, fill="state_scale"))
 
 
 def pages_in(inputs: dict[str, Any], name: str) -> Pages:
     """A copy of pages that were given to a reference; fp8 ones that were made wide for it lose their scale."""
-    data, scale = inputs[name].clone(), inputs.get(f"{name.removesuffix('_pages')}_scale")
+    data, scale = inputs[name].clone(), inputs.get(f"{name}_scale")
     if scale is None or data.dtype != torch.float8_e4m3fn:
         return Pages(data if scale is None else data * scale[:, None, :, None])
     return Pages(data, scale.clone())
@@ -114,7 +93,7 @@ def appended(inputs: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     found = {}
     for name in names:
         pages = pages_in(inputs, name)
-        write_tokens(pages, inputs["block_table"], inputs["lengths"], inputs[f"{name[0]}_new"])
+        write_tokens(pages, inputs["table"], inputs["lengths"], inputs[f"{name[0]}_new"])
         found[name] = values_of(pages)
     return found
 
@@ -124,7 +103,7 @@ def compressed(
 ) -> Tensor:
     """What the cells `name` hold, as `values_of`, after the rows were written that the new tokens complete."""
     cells = pages_in(inputs, name)
-    write_compressed(raw, cells, inputs["block_table"], inputs["lengths"], problem.seq_q, problem.nsa, phi)
+    write_compressed(raw, cells, inputs["table"], inputs["lengths"], problem.seq_q, problem.nsa, phi)
     return values_of(cells)
 
 
@@ -133,8 +112,8 @@ PROBLEM_FIELDS = (
 )
 RULES = (
     ProblemRule(
-        f"a step appends at most {MOST_NEW_TOKENS} tokens to a sequence",
-        lambda p: p.seq_q <= MOST_NEW_TOKENS,
+        f"a step appends at most {g.MAX_NEW_TOKENS} tokens to a sequence",
+        lambda p: p.seq_q <= g.MAX_NEW_TOKENS,
         "Longer runs of tokens are a prefill.",
     ),
     ProblemRule(
@@ -150,17 +129,5 @@ def small_cases() -> tuple[Problem, ...]:
     return (
         base.replace(d_qk=64, d_v=64, page_size=16),
         base.replace(d_qk=48, d_v=32, seq_q=3, page_size=32, cache_dtype="float8_e4m3fn"),
-        base.replace(d_qk=32, d_v=16, seq_q=8, seq_k=40, dtype="float32"),
+        base.replace(d_qk=32, d_v=16, seq_q=8, seq_k=80, dtype="float32"),
     )
-
-
-WHOLE_CELLS = ProblemRule(
-    "compress_stride (d) must divide the page size",
-    lambda p: p.page_size % p.nsa.compress_stride == 0,
-    "Choose pages of 64 tokens, say.",
-)
-PHI_HIDDEN = ProblemRule(
-    "phi_hidden must be a power of two from 16 to 256",
-    lambda p: p.phi_hidden in (16, 32, 64, 128, 256),
-    "Choose phi_hidden=128, say.",
-)

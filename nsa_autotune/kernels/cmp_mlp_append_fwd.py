@@ -10,6 +10,7 @@ from ..reference import PhiWeights
 from ..spec import ELEMENT_BYTES, Argument, Config, Constraint, Cost, KernelSpec, Param, Problem, Value
 from . import _append as a
 from . import _common as c
+from . import _paged as g
 
 
 def _chunks(problem: Problem) -> list[dict[str, int]]:
@@ -43,7 +44,7 @@ def cost(problem: Problem, config: Config) -> Cost:
     fan_in, size = nsa.compress_block_size * problem.d_qk, ELEMENT_BYTES[problem.dtype]
     weights = float((fan_in + problem.d_qk) * problem.phi_hidden * size)
     flops = 2.0 * rows * problem.phi_hidden * (fan_in + problem.d_qk)
-    tokens = rows * (fan_in + problem.d_qk) * a.cache_bytes(problem)
+    tokens = rows * (fan_in + problem.d_qk) * g.cache_bytes(problem)
     return Cost(flops=flops, bytes_moved=tokens + weights, on_chip_bytes=tokens + max(rows, 1.0) * weights)
 
 
@@ -54,7 +55,7 @@ def run_reference(
     w1 = inputs["w1"]
     position = torch.zeros(problem.nsa.compress_block_size, problem.d_qk, dtype=w1.dtype, device=w1.device)
     phi = PhiWeights(position, w1, inputs["b1"].to(w1.dtype), inputs["w2"], inputs["b2"].to(w1.dtype))
-    return {"x_cmp": a.compressed(problem, inputs, a.pages_in(inputs, "x_pages"), "x_cmp", phi)}
+    return {"x_cmp": a.compressed(problem, inputs, a.pages_in(inputs, "x"), "x_cmp", phi)}
 
 
 def _registers_fit(problem: Problem, config: Config) -> bool:
@@ -72,13 +73,13 @@ SPEC = KernelSpec(
     family="cmp_mlp_append_fwd",
     doc="compressed rows that new tokens complete in a paged cache, by a learned MLP",
     arguments=(
-        *a.read_pages("x_pages", "D_QK"),
+        *a.read_pages("x", "D_QK"),
         Argument("w1", ("L_DQK", "HIDDEN"), fill="weight"),
         Argument("b1", ("HIDDEN",), "float32", fill="bias"),
         Argument("w2", ("HIDDEN", "D_QK"), fill="weight"),
         Argument("b2", ("D_QK",), "float32", fill="bias"),
-        *a.state_cells("x_cmp", "D_QK"),
-        *a.TABLE,
+        *a.state_pages("x_cmp", "CELLS", "D_QK"),
+        *g.TABLE_ARGUMENTS,
     ),
     problem_fields=(*(name for name in a.PROBLEM_FIELDS if name != "d_v"), "phi_hidden"),
     nsa_fields=("compress_block_size", "compress_stride"),
@@ -92,7 +93,7 @@ SPEC = KernelSpec(
         Constraint("sums and outputs of a tile must fit in 120 registers a thread", _registers_fit),
         Constraint("pipelined tiles must fit in 227 KiB of shared memory", _tiles_fit),
     ),
-    rules=(*a.RULES, a.WHOLE_CELLS, a.PHI_HIDDEN),
+    rules=(*a.RULES, g.WHOLE_CELLS, c.PHI_HIDDEN),
     defaults=lambda problem: {
         "BLOCK_M": 16,
         "num_splits": 8,

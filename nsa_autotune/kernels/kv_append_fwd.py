@@ -6,6 +6,7 @@ from typing import Any
 
 from ..spec import ELEMENT_BYTES, Argument, Config, Cost, KernelSpec, Problem, Value
 from . import _append as a
+from . import _paged as g
 
 
 def constants(problem: Problem, config: Config) -> dict[str, Value]:
@@ -16,7 +17,7 @@ def constants(problem: Problem, config: Config) -> dict[str, Value]:
 def cost(problem: Problem, config: Config) -> Cost:
     """New tokens are read once and written once; a page's scale is read and written."""
     rows = float(problem.batch * problem.seq_q * problem.num_kv_heads)
-    size = ELEMENT_BYTES[problem.dtype] + a.cache_bytes(problem)
+    size = ELEMENT_BYTES[problem.dtype] + g.cache_bytes(problem)
     moved = rows * (problem.d_qk + problem.d_v) * size
     return Cost(flops=rows * (problem.d_qk + problem.d_v), bytes_moved=moved, on_chip_bytes=moved, mma_flops=1.0)
 
@@ -25,7 +26,7 @@ def run_reference(
     problem: Problem, inputs: dict[str, Any], layout: Any = None, positions: Any = None
 ) -> dict[str, Any]:
     """The pages with the new tokens in them."""
-    return a.appended(inputs, ("k_pages", "v_pages"))
+    return a.appended(inputs, ("k", "v"))
 
 
 SPEC = KernelSpec(
@@ -34,9 +35,9 @@ SPEC = KernelSpec(
     arguments=(
         Argument("k_new", ("Q", "H", "D_QK")),
         Argument("v_new", ("Q", "H", "D_V")),
-        *a.state_tokens("k_pages", "D_QK"),
-        *a.state_tokens("v_pages", "D_V"),
-        *a.TABLE,
+        *a.state_pages("k", "PAGE", "D_QK"),
+        *a.state_pages("v", "PAGE", "D_V"),
+        *g.TABLE_ARGUMENTS,
     ),
     problem_fields=a.PROBLEM_FIELDS,
     nsa_fields=(),

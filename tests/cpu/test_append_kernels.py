@@ -6,14 +6,12 @@ All that nothing has written is NaN, in the pages, their scales and the tokens t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from cpu.cache_fakes import int32, nan_pages, raw_and_compressed, shuffled_table, used_cells
+from cpu.cache_fakes import int32, nan_pages, shuffled_table
 from cpu.watcher import watched
 from torch import Tensor
 
@@ -76,8 +74,7 @@ def same(found: Pages, wanted: Pages) -> None:
 
 def given(name: str, pages: Pages) -> dict[str, Tensor]:
     """Launch arguments of pages."""
-    scale = {} if pages.scale is None else {f"{name.removesuffix('_pages')}_scale": pages.scale}
-    return {name: pages.data, **scale}
+    return {name: pages.data, **({} if pages.scale is None else {f"{name}_scale": pages.scale})}
 
 
 def history(
@@ -118,8 +115,8 @@ def check_tokens(problem: Problem, lengths: list[int]) -> None:
     for name, pages in wanted.items():
         write_tokens(pages, table, tokens, news[name])
     with watched(module_of("kv_append_fwd", problem)) as (watcher, launch):
-        arguments = {**given("k_pages", caches["k"]), **given("v_pages", caches["v"])}
-        launch(k_new=news["k"], v_new=news["v"], block_table=table, lengths=tokens, **arguments)
+        arguments = {**given("k", caches["k"]), **given("v", caches["v"])}
+        launch(k_new=news["k"], v_new=news["v"], table=table, lengths=tokens, **arguments)
         assert watcher.checked > 0
     for name, pages in caches.items():
         same(pages, wanted[name])
@@ -142,9 +139,9 @@ def test_every_float16_and_every_tie_is_rounded_as_torch_does() -> None:
     problem = BASE.replace(seq_q=num_new, seq_k=16, dtype="float32", cache_dtype=FLOAT8)
     table = shuffled_table(len(x), 1)
     pages = {name: nan_pages(len(x), 16, HEADS, dim, FP8) for name, dim in (("k", D_QK), ("v", D_V))}
-    arguments = {**given("k_pages", pages["k"]), **given("v_pages", pages["v"])}
+    arguments = {**given("k", pages["k"]), **given("v", pages["v"])}
     launch = module_of("kv_append_fwd", problem).launch
-    launch(k_new=x, v_new=x[..., :D_V], block_table=table, lengths=int32([num_new] * len(x)), **arguments)
+    launch(k_new=x, v_new=x[..., :D_V], table=table, lengths=int32([num_new] * len(x)), **arguments)
     assert pages["k"].scale is not None and bool((pages["k"].scale == 1).all())
     found = pages["k"].data[table[:, 0].long(), :num_new]
     assert torch.equal(bits(found), bits(x.to(FP8)))
@@ -164,9 +161,9 @@ def test_every_code_is_rescaled_as_torch_does(steps: int) -> None:
     news = {"k": torch.full((1, 1, HEADS, D_QK), 448.0 * 2.0 ** (steps - 5)), "v": torch.zeros(1, 1, HEADS, D_V)}
     for name, cache in wanted.items():
         write_tokens(cache, int32([0])[None], int32([256]), news[name])
-    arguments = {**given("k_pages", pages["k"]), **given("v_pages", pages["v"])}
+    arguments = {**given("k", pages["k"]), **given("v", pages["v"])}
     launch = module_of("kv_append_fwd", problem).launch
-    launch(k_new=news["k"], v_new=news["v"], block_table=int32([0])[None], lengths=int32([256]), **arguments)
+    launch(k_new=news["k"], v_new=news["v"], table=int32([0])[None], lengths=int32([256]), **arguments)
     for name, cache in pages.items():
         found, exact = cache.data.float(), wanted[name].data.float()
         assert torch.equal(found.isnan(), exact.isnan())
@@ -197,8 +194,8 @@ def test_wrong_pages_of_a_table_are_never_touched() -> None:
             for row in (0, 1):  # the token in the first page, the last of its rows
                 write_tokens(pages, table[row : row + 1, :1], int32([16]), news[name][row : row + 1, :1])
         with watched(module_of("kv_append_fwd", problem)) as (_, launch):
-            arguments = {**given("k_pages", caches["k"]), **given("v_pages", caches["v"])}
-            launch(k_new=news["k"], v_new=news["v"], block_table=table, lengths=tokens, **arguments)
+            arguments = {**given("k", caches["k"]), **given("v", caches["v"])}
+            launch(k_new=news["k"], v_new=news["v"], table=table, lengths=tokens, **arguments)
         for name, pages in caches.items():
             same(pages, check[name])
 
@@ -217,9 +214,9 @@ def test_tokens_and_pages_may_be_views() -> None:
     both[:, 0] = caches["k"].data
     wide = torch.full((len(table), table.shape[1] + 3), -1, dtype=torch.int32)
     wide[:, : table.shape[1]] = table
-    how = {"block_table": wide[:, : table.shape[1]], "lengths": tokens}
+    how = {"table": wide[:, : table.shape[1]], "lengths": tokens}
     launch = module_of("kv_append_fwd", problem).launch
-    launch(k_new=fused[:, :, HEADS : 2 * HEADS], v_new=heads_first, k_pages=both[:, 0], v_pages=caches["v"].data, **how)
+    launch(k_new=fused[:, :, HEADS : 2 * HEADS], v_new=heads_first, k=both[:, 0], v=caches["v"].data, **how)
     same(Pages(both[:, 0]), wanted["k"])
     same(caches["v"], wanted["v"])
     assert bool(both[:, 1].isnan().all())
@@ -260,7 +257,7 @@ def bits_mask(mask: Tensor, pages: Pages) -> Tensor:
 
 
 def lengths_that_complete(problem: Problem) -> list[int]:
-    """Lengths at which rows become complete, before which one is, and at which none is; the first row and a full cache."""
+    """Lengths that complete rows, that completed one before and that complete none; the first row and a full cache."""
     length, stride = problem.nsa.compress_block_size, problem.nsa.compress_stride
     size = problem.page_size
     near = [length - 1, length, length + 1, length + stride, size, size + stride - 1, size + stride, size + stride + 1]
@@ -287,9 +284,9 @@ def test_completed_rows_are_the_means_of_their_tokens(
         wanted[name], before[name] = copied(cells[name]), copied(cells[name])
         write_compressed(pages, wanted[name], table, lengths, num_new, nsa, None)
     with watched(module_of("cmp_pool_append_fwd", problem)) as (watcher, launch):
-        arguments = {**given("k_pages", raw["k"]), **given("v_pages", raw["v"])}
+        arguments = {**given("k", raw["k"]), **given("v", raw["v"])}
         arguments |= {**given("k_cmp", cells["k"]), **given("v_cmp", cells["v"])}
-        launch(block_table=table, lengths=lengths, num_new=num_new, **arguments)
+        launch(table=table, lengths=lengths, num_new=num_new, **arguments)
         assert watcher.checked > 0
     for name in raw:
         assert not torch.equal(bits(wanted[name].data), bits(before[name].data))
@@ -322,9 +319,9 @@ def test_completed_rows_are_phi_of_their_tokens(
     wanted, before = copied(cells), copied(cells)
     write_compressed(pages, wanted, table, lengths, num_new, nsa, phi)
     with watched(module_of("cmp_mlp_append_fwd", problem, num_splits=splits)) as (watcher, launch):
-        arguments = {**given("x_pages", pages), **given("x_cmp", cells)}
+        arguments = {**given("x", pages), **given("x_cmp", cells)}
         arguments |= {"w1": w1, "b1": b1, "w2": w2, "b2": b2}
-        launch(block_table=table, lengths=lengths, num_new=num_new, **arguments)
+        launch(table=table, lengths=lengths, num_new=num_new, **arguments)
         assert watcher.checked > 0
     assert not torch.equal(bits(wanted.data), bits(before.data))
     check_cells(cells, wanted, before, 4 * torch.finfo(kind).eps)
