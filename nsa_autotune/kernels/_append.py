@@ -11,7 +11,7 @@ from torch import Tensor
 from ..paged import Pages
 from ..paged_append import write_compressed, write_tokens
 from ..reference import PhiWeights
-from ..spec import Argument, Config, Param, Problem, ProblemRule, Value
+from ..spec import ELEMENT_BYTES, Argument, Config, Param, Problem, ProblemRule, Value
 from . import _common as c
 from . import _paged as g
 
@@ -44,35 +44,32 @@ def structure(problem: Problem, config: Config) -> dict[str, Any]:
     return {"dtype": problem.dtype, "fp8": is_fp8(problem)}
 
 
-def widths(problem: Problem) -> dict[str, Value]:
-    """Head dims, and the powers of two that hold them: nothing is multiplied, so that they need not be split."""
+def token_constants(problem: Problem) -> dict[str, Value]:
+    """tl.constexpr values of kernels that write tokens: dims padded to powers of two, for nothing is multiplied."""
     values: dict[str, Value] = {"D_QK": problem.d_qk, "D_V": problem.d_v}
     values |= {"BLOCK_QK": c.next_power_of_2(problem.d_qk), "BLOCK_V": c.next_power_of_2(problem.d_v)}
+    values |= {"PAGE_SIZE": problem.page_size, "BLOCK_Q": new_token_slots(problem)}
     return {**values, "BLOCK_R": RESCALED_AT_ONCE} if is_fp8(problem) else values
-
-
-def pool_constants(problem: Problem, config: Config) -> dict[str, Value]:
-    """tl.constexpr values of the kernels that append means."""
-    nsa = problem.nsa
-    return {
-        **widths(problem),
-        "PAGE_SIZE": problem.page_size,
-        "BLOCK_C": new_row_slots(problem),
-        "BLOCK_L": config["BLOCK_L"],
-        "CMP_BLOCK": nsa.compress_block_size,
-        "CMP_STRIDE": nsa.compress_stride,
-    }
-
-
-def read_pages(name: str, width: str) -> tuple[Argument, ...]:
-    """Pages of tokens that the kernel reads."""
-    return g.page_arguments(name, "PAGE", "tokens", width)
 
 
 def state_pages(name: str, rows: str, width: str) -> tuple[Argument, ...]:
     """Pages of "PAGE" tokens or "CELLS" that the kernel adds to, and their scales."""
     pages, scale = g.page_arguments(name, rows, "state_tokens" if rows == "PAGE" else "state_cells", width)
     return (pages, replace(scale, fill="state_scale"))
+
+
+TOKENS = (  # new ones, and the pages that they go to
+    Argument("k_new", ("Q", "H", "D_QK")),
+    Argument("v_new", ("Q", "H", "D_V")),
+    *state_pages("k", "PAGE", "D_QK"),
+    *state_pages("v", "PAGE", "D_V"),
+)
+
+
+def token_bytes(problem: Problem) -> float:
+    """Bytes that a step's new tokens take: read once and written once."""
+    elements = problem.batch * problem.seq_q * problem.num_kv_heads * (problem.d_qk + problem.d_v)
+    return float(elements * (ELEMENT_BYTES[problem.dtype] + g.cache_bytes(problem)))
 
 
 def pages_in(inputs: dict[str, Any], name: str) -> Pages:
@@ -88,14 +85,11 @@ def values_of(pages: Pages) -> Tensor:
     return pages.data if pages.scale is None else pages.data.float() * pages.scale[:, None, :, None]
 
 
-def appended(inputs: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """What pages of `names` hold, as `values_of`, after the tokens k_new and v_new were written."""
-    found = {}
-    for name in names:
-        pages = pages_in(inputs, name)
-        write_tokens(pages, inputs["table"], inputs["lengths"], inputs[f"{name[0]}_new"])
-        found[name] = values_of(pages)
-    return found
+def appended(inputs: dict[str, Any], name: str) -> Pages:
+    """Pages "k" or "v" after the new tokens were written to them."""
+    pages = pages_in(inputs, name)
+    write_tokens(pages, inputs["table"], inputs["lengths"], inputs[f"{name}_new"])
+    return pages
 
 
 def compressed(
@@ -107,8 +101,8 @@ def compressed(
     return values_of(cells)
 
 
-PROBLEM_FIELDS = (
-    *("batch", "seq_q", "seq_k", "num_kv_heads", "d_qk", "d_v", "dtype", "layout", "page_size", "cache_dtype"),
+PROBLEM_FIELDS = (  # not seq_k: what a step writes does not depend on what there is
+    *("batch", "seq_q", "num_kv_heads", "d_qk", "d_v", "dtype", "layout", "page_size", "cache_dtype"),
 )
 RULES = (
     ProblemRule(

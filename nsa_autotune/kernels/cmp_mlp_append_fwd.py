@@ -73,7 +73,7 @@ SPEC = KernelSpec(
     family="cmp_mlp_append_fwd",
     doc="compressed rows that new tokens complete in a paged cache, by a learned MLP",
     arguments=(
-        *a.read_pages("x", "D_QK"),
+        *g.page_arguments("x", "PAGE", "tokens", "D_QK"),
         Argument("w1", ("L_DQK", "HIDDEN"), fill="weight"),
         Argument("b1", ("HIDDEN",), "float32", fill="bias"),
         Argument("w2", ("HIDDEN", "D_QK"), fill="weight"),

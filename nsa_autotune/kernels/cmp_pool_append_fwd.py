@@ -1,20 +1,31 @@
-"""Compressed rows that new tokens complete in a paged cache, by the mean."""
+"""New keys and values into a paged cache, and the compressed rows that they complete, by the mean."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ..spec import Config, Constraint, Cost, KernelSpec, Param, Problem
+from ..spec import Config, Constraint, Cost, KernelSpec, Param, Problem, Value
 from . import _append as a
 from . import _common as c
 from . import _paged as g
 
 
+def constants(problem: Problem, config: Config) -> dict[str, Value]:
+    """tl.constexpr values of the kernel."""
+    return {
+        **a.token_constants(problem),
+        "BLOCK_C": a.new_row_slots(problem),
+        "BLOCK_L": config["BLOCK_L"],
+        "CMP_BLOCK": problem.nsa.compress_block_size,
+        "CMP_STRIDE": problem.nsa.compress_stride,
+    }
+
+
 def cost(problem: Problem, config: Config) -> Cost:
-    """The window of every completed row is read once, and the row written."""
-    nsa, rows = problem.nsa, a.completed_rows(problem) * problem.num_kv_heads
-    width = problem.d_qk + problem.d_v
-    moved = rows * (nsa.compress_block_size + 1) * width * g.cache_bytes(problem)
+    """New tokens are read and written; of every completed row the window is read, and the row written."""
+    nsa, width = problem.nsa, problem.d_qk + problem.d_v
+    rows = a.completed_rows(problem) * problem.num_kv_heads
+    moved = a.token_bytes(problem) + rows * (nsa.compress_block_size + 1) * width * g.cache_bytes(problem)
     flops = rows * nsa.compress_block_size * width
     return Cost(flops=flops, bytes_moved=moved, on_chip_bytes=moved, mma_flops=1.0)
 
@@ -22,9 +33,12 @@ def cost(problem: Problem, config: Config) -> Cost:
 def run_reference(
     problem: Problem, inputs: dict[str, Any], layout: Any = None, positions: Any = None
 ) -> dict[str, Any]:
-    """The paper's equation in PyTorch, on the cells as they were."""
-    raw = {name: a.pages_in(inputs, name[0]) for name in ("k_cmp", "v_cmp")}
-    return {name: a.compressed(problem, inputs, pages, name) for name, pages in raw.items()}
+    """The paper's equation in PyTorch, over the pages with the new tokens in them."""
+    found = {}
+    for name in ("k", "v"):
+        raw = a.appended(inputs, name)
+        found[name], found[f"{name}_cmp"] = a.values_of(raw), a.compressed(problem, inputs, raw, f"{name}_cmp")
+    return found
 
 
 def _sums_fit(problem: Problem, config: Config) -> bool:
@@ -34,10 +48,9 @@ def _sums_fit(problem: Problem, config: Config) -> bool:
 
 SPEC = KernelSpec(
     family="cmp_pool_append_fwd",
-    doc="compressed rows that new tokens complete in a paged cache, by the mean",
+    doc="new keys and values into a paged cache, and the compressed rows that they complete, by the mean",
     arguments=(
-        *a.read_pages("k", "D_QK"),
-        *a.read_pages("v", "D_V"),
+        *a.TOKENS,
         *a.state_pages("k_cmp", "CELLS", "D_QK"),
         *a.state_pages("v_cmp", "CELLS", "D_V"),
         *g.TABLE_ARGUMENTS,
@@ -50,9 +63,8 @@ SPEC = KernelSpec(
     defaults=lambda problem: {"BLOCK_L": 16, "num_warps": 4},
     cost=cost,
     structure=a.structure,
-    constants=a.pool_constants,
+    constants=constants,
     reference=run_reference,
-    scalars=("num_new",),
     cases=a.small_cases(),
     layouts=("paged",),
 )

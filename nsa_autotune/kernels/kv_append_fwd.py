@@ -4,41 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..spec import ELEMENT_BYTES, Argument, Config, Cost, KernelSpec, Problem, Value
+from ..spec import Config, Cost, KernelSpec, Problem, Value
 from . import _append as a
 from . import _paged as g
 
 
 def constants(problem: Problem, config: Config) -> dict[str, Value]:
     """tl.constexpr values of the kernel."""
-    return {**a.widths(problem), "PAGE_SIZE": problem.page_size, "BLOCK_Q": a.new_token_slots(problem)}
+    return a.token_constants(problem)
 
 
 def cost(problem: Problem, config: Config) -> Cost:
-    """New tokens are read once and written once; a page's scale is read and written."""
-    rows = float(problem.batch * problem.seq_q * problem.num_kv_heads)
-    size = ELEMENT_BYTES[problem.dtype] + g.cache_bytes(problem)
-    moved = rows * (problem.d_qk + problem.d_v) * size
-    return Cost(flops=rows * (problem.d_qk + problem.d_v), bytes_moved=moved, on_chip_bytes=moved, mma_flops=1.0)
+    """New tokens are read once and written once."""
+    moved = a.token_bytes(problem)
+    return Cost(flops=moved, bytes_moved=moved, on_chip_bytes=moved, mma_flops=1.0)
 
 
 def run_reference(
     problem: Problem, inputs: dict[str, Any], layout: Any = None, positions: Any = None
 ) -> dict[str, Any]:
     """The pages with the new tokens in them."""
-    return a.appended(inputs, ("k", "v"))
+    return {name: a.values_of(a.appended(inputs, name)) for name in ("k", "v")}
 
 
 SPEC = KernelSpec(
     family="kv_append_fwd",
     doc="new keys and values into a paged cache",
-    arguments=(
-        Argument("k_new", ("Q", "H", "D_QK")),
-        Argument("v_new", ("Q", "H", "D_V")),
-        *a.state_pages("k", "PAGE", "D_QK"),
-        *a.state_pages("v", "PAGE", "D_V"),
-        *g.TABLE_ARGUMENTS,
-    ),
+    arguments=(*a.TOKENS, *g.TABLE_ARGUMENTS),
     problem_fields=a.PROBLEM_FIELDS,
     nsa_fields=(),
     params=(a.NUM_WARPS,),

@@ -269,7 +269,7 @@ def lengths_that_complete(problem: Problem) -> list[int]:
     [(1, 16, 1), (1, 16, 2), (1, 16, 4), (8, 16, 1), (8, 16, 4), (3, 64, 2), (8, 256, 2)],
 )
 @pytest.mark.parametrize(("cache", "dtype"), KINDS)
-def test_completed_rows_are_the_means_of_their_tokens(
+def test_tokens_are_written_and_the_rows_they_complete_are_means(
     cache: str, dtype: str, num_new: int, page_size: int, ratio: int
 ) -> None:
     nsa = CONFIGS[ratio]
@@ -277,18 +277,19 @@ def test_completed_rows_are_the_means_of_their_tokens(
         seq_q=num_new, page_size=page_size, seq_k=3 * page_size, dtype=dtype, cache_dtype=cache, nsa=nsa
     )
     table, lengths, raw, news = history(problem, lengths_that_complete(problem))
-    cells, wanted, before = {}, {}, {}
+    cells, wanted, before, tokens = {}, {}, {}, {}
     for name, pages in raw.items():
-        write_tokens(pages, table, lengths, news[name])
         cells[name] = cells_before(problem, pages, table, lengths, None)
-        wanted[name], before[name] = copied(cells[name]), copied(cells[name])
-        write_compressed(pages, wanted[name], table, lengths, num_new, nsa, None)
+        tokens[name], wanted[name], before[name] = copied(pages), copied(cells[name]), copied(cells[name])
+        write_tokens(tokens[name], table, lengths, news[name])
+        write_compressed(tokens[name], wanted[name], table, lengths, num_new, nsa, None)
     with watched(module_of("cmp_pool_append_fwd", problem)) as (watcher, launch):
         arguments = {**given("k", raw["k"]), **given("v", raw["v"])}
         arguments |= {**given("k_cmp", cells["k"]), **given("v_cmp", cells["v"])}
-        launch(table=table, lengths=lengths, num_new=num_new, **arguments)
+        launch(k_new=news["k"], v_new=news["v"], table=table, lengths=lengths, **arguments)
         assert watcher.checked > 0
     for name in raw:
+        same(raw[name], tokens[name])
         assert not torch.equal(bits(wanted[name].data), bits(before[name].data))
         check_cells(cells[name], wanted[name], before[name], torch.finfo(getattr(torch, dtype)).eps / 16)
 
