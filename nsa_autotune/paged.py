@@ -20,6 +20,7 @@ from .config import NSAConfig
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
+SMALLEST_SCALE = 2.0**-126  # what a page of zeros has, so that any value after them can raise it
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,11 @@ def read_compressed(
 
 
 def power_of_two_scale(largest: Tensor) -> Tensor:
-    """The smallest power of two s with `largest` <= 448 s: what an fp8 page is multiplied with; 1 for 0."""
+    """The smallest power of two s >= 2^-126 with `largest` <= 448 s: what an fp8 page is multiplied with."""
     mantissa, exponent = torch.frexp(largest.float() / FP8_MAX)
     exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
-    scale: Tensor = torch.where(largest > 0, torch.ldexp(torch.ones_like(mantissa), exponent), 1.0)
-    return scale
+    scale = torch.ldexp(torch.ones_like(mantissa), exponent)
+    return torch.where(largest > 0, scale, 0.0).clamp_(min=SMALLEST_SCALE)
 
 
 def positions_of(lengths: Tensor, num_new: int) -> Tensor:
@@ -130,8 +131,8 @@ def compressed_decode(
 def select_decode(scores: Tensor, lengths: Tensor, config: NSAConfig) -> Tensor:
     """Eq. 11-12 for the importance of the last Q tokens: int32 `[B, Q, H, n]`, ascending, then -1."""
     positions = positions_of(lengths, scores.shape[1]).flatten()
-    blocks = reference.select_from_importance(scores.flatten(0, 1), config, positions)
-    return blocks.view(*scores.shape[:3], -1)
+    chosen = reference.select_from_importance(scores.flatten(0, 1), config, positions)
+    return chosen.reshape(*scores.shape[:3], -1)
 
 
 def selected_window_decode(
