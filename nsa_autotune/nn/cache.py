@@ -158,6 +158,11 @@ class KVCache:
         return self._layer_on(self._owned("another_layer"), self._sizes, self.debug)
 
     @property
+    def max_batch(self) -> int:
+        """Sequences that it has room for."""
+        return self.pages.max_batch
+
+    @property
     def block_table(self) -> Tensor:
         """Pages of each sequence, int32 `[B, MP]`."""
         return self.pages.table

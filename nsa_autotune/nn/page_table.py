@@ -95,7 +95,7 @@ class PageTable:
         Raises CacheFull, or InvalidInput for a layer that appends other tokens than the one before it; then nothing
         has changed. While a CUDA graph is captured the host's book stays as it is: see `advance`.
         """
-        named = None if sequences is None else tuple(sequences)
+        named = None if sequences is None else tuple(int(sequence) for sequence in sequences)
         if self._done[layer] == self._steps:
             self._level("begin another step")
             self._step = self._extend(num_new, named)
@@ -179,7 +179,11 @@ class PageTable:
         self._apply(self._book.trim((sequence,)))
 
     def _extend(self, num_new: int, named: tuple[int, ...] | None) -> _Step:
-        self._book.check_names(named or ())
+        if named is not None:
+            self._book.check_names(named)
+            if _capturing(self.lengths):
+                remedy = "Capture decode_step(), which names none."
+                raise InvalidInput("a step of named sequences cannot be captured", {"sequences": named}, remedy)
         rows = self._book.active() if named is None else named
         self._make_room(rows, num_new)
         woken = tuple(row for row in rows if not self._book.rows[row].active)

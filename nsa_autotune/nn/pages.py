@@ -84,7 +84,7 @@ class PageBook:
     def check_names(self, sequences: Sequence[int]) -> None:
         """Every number is one of a sequence, and named once."""
         wrong = [s for s in sequences if not 0 <= s < len(self.rows)]
-        if wrong or len(set(sequences)) < len(sequences):
+        if wrong or not sequences or len(set(sequences)) < len(sequences):
             values = {"sequences": list(sequences), "max_batch": len(self.rows)}
             raise InvalidInput("sequences must be named once each, by numbers below max_batch", values)
 

@@ -52,7 +52,7 @@ def check_append(given: dict[str, Tensor | None], pools: CachePools, block_table
         pages: Pages = getattr(pools, name if "_" in name else f"{name}_raw")
         own = name in ("k", "v") or pages.data is not getattr(pools, f"{name[0]}_raw").data
         if own is not (x is not None):
-            values = {name: None if x is None else tuple(x.shape)}
+            values = {name: None if x is None else "given"}
             rule = f"{name} must be given if, and only if, the cache keeps it apart"
             raise InvalidInput(rule, values, "share_kv of the cache must be that of the model.")
         if x is not None:

@@ -31,12 +31,12 @@ def check_pools(pools: CachePools, config: NSAConfig) -> None:
     cells = size // config.compress_stride
     for name in ("k_cmp", "v_cmp", "k_raw", "v_raw", "k_slc", "v_slc", "k_win", "v_win"):
         pages: Pages = getattr(pools, name)
-        data, scale, rows = pages.data, pages.scale, cells if name.endswith("cmp") else size
-        if data.ndim != 4 or tuple(data.shape[:3]) != (num_pages, rows, heads) or data.stride(-1) != 1:
+        data, scale = pages.data, pages.scale
+        dim = (pools.k_raw if name[0] == "k" else pools.v_raw).data.shape[-1]
+        shape = (num_pages, cells if name.endswith("cmp") else size, heads, dim)
+        if tuple(data.shape) != shape or data.stride(-1) != 1:
             values: dict[str, object] = {"shape": tuple(data.shape), "strides": data.stride()}
-            raise InvalidInput(
-                f"{name} must be pages [{num_pages}, {rows}, {heads}, D] with heads in one piece", values
-            )
+            raise InvalidInput(f"{name} must be pages {list(shape)} with each head in one piece", values)
         if data.dtype not in PAGE_DTYPES or data.dtype != pools.k_raw.data.dtype:
             values = {"k_raw": str(pools.k_raw.data.dtype), name: str(data.dtype)}
             remedy = f"Known: {', '.join(str(dtype) for dtype in PAGE_DTYPES)}."

@@ -89,7 +89,7 @@ def _packed_rows(layout: PackedLayout) -> tuple[_Places, _Places]:
     config, starts = layout.config, layout.cu_seqlens_k.long()
     exists, first = layout.cmp_source >= 0, layout.cmp_source.long().clamp(min=0)
     sequence = torch.searchsorted(starts[1:].contiguous(), first, right=True).clamp_(max=starts.numel() - 2)
-    row = (first - starts[sequence]) // config.compress_stride + first_cell(config)
+    row = ((first - starts[sequence]) // config.compress_stride + first_cell(config)).where(exists, 0)
     token = torch.arange(layout.total_k, device=starts.device)
     owner = torch.searchsorted(starts[1:].contiguous(), token, right=True)
     return _Places(owner, token - starts[owner]), _Places(sequence, row, exists)
