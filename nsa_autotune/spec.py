@@ -13,7 +13,9 @@ from .errors import InvalidConfig, InvalidProblem
 
 SCHEMA_VERSION = 1
 DTYPES = ("bfloat16", "float16", "float32")
-LAYOUTS = ("batched", "packed")
+LAYOUTS = ("batched", "packed", "paged")
+CACHE_DTYPES = ("problem", "float8_e4m3fn")
+PAGE_SIZES = (16, 32, 64, 128, 256)
 DEFAULT_POLICY = "eager-cold"  # how times are taken where nobody says; `bench.policy` has them all
 DEFAULT_LOCALITY = 0.8  # assumed where nobody says: trained models select alike for adjacent tokens
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -36,7 +38,8 @@ def digest(value: object) -> str:
 class Problem:
     """What is asked of a kernel: shapes, dtype, constants, layout and locality of the selection.
 
-    In a packed problem `batch` counts sequences and `seq_q`, `seq_k` are totals over them.
+    In a packed problem `batch` counts sequences and `seq_q`, `seq_k` are totals over them. In a paged one, `seq_q`
+    is the number of new tokens of every sequence, and no sequence is longer than `seq_k`.
     """
 
     batch: int = 1  # B
@@ -51,6 +54,8 @@ class Problem:
     locality: float = DEFAULT_LOCALITY  # P(a freely chosen block was also chosen by the token before); 0 is random
     phi_hidden: int = 128  # width of phi's hidden layer
     nsa: NSAConfig = field(default_factory=NSAConfig)
+    page_size: int = 64  # tokens a page of a paged cache
+    cache_dtype: str = "problem"  # of a paged cache
 
     def __post_init__(self) -> None:
         for name in ("batch", "seq_q", "seq_k", "num_q_heads", "num_kv_heads", "d_qk", "d_v", "phi_hidden"):
@@ -63,13 +68,19 @@ class Problem:
             raise InvalidProblem(f"dtype must be one of {', '.join(DTYPES)}", {"dtype": self.dtype})
         if self.layout not in LAYOUTS:
             raise InvalidProblem(f"layout must be one of {', '.join(LAYOUTS)}", {"layout": self.layout})
+        if self.page_size not in PAGE_SIZES:
+            known = f"Use one of {', '.join(map(str, PAGE_SIZES))}."
+            raise InvalidProblem("page_size must be a known size", {"page_size": self.page_size}, known)
+        if self.cache_dtype not in CACHE_DTYPES:
+            known = f"Use one of {', '.join(CACHE_DTYPES)}."
+            raise InvalidProblem("cache_dtype must be a known dtype", {"cache_dtype": self.cache_dtype}, known)
         if self.num_q_heads % self.num_kv_heads:
             raise InvalidProblem(
                 "the number of query heads must be a multiple of the number of kv heads",
                 {"num_q_heads": self.num_q_heads, "num_kv_heads": self.num_kv_heads},
                 "Every kv head serves equally many query heads, such as 64 and 4.",
             )
-        if self.layout == "batched" and self.seq_q > self.seq_k:
+        if self.layout != "packed" and self.seq_q > self.seq_k:
             raise InvalidProblem(
                 "queries are aligned with the last keys, so seq_q <= seq_k must hold",
                 {"seq_q": self.seq_q, "seq_k": self.seq_k},
@@ -88,8 +99,11 @@ class Problem:
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, the NSA constants nested under `nsa`."""
-        return asdict(self)
+        """All fields, the NSA constants nested under `nsa`; those of a cache only for a paged problem."""
+        values = asdict(self)
+        if self.layout != "paged":
+            del values["page_size"], values["cache_dtype"]
+        return values
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Problem:
@@ -141,8 +155,9 @@ class ProblemRule:
 class Argument:
     """A tensor of a kernel's launch function: symbolic shape, dtype ("problem": the problem's), content in a trial.
 
-    `fill` is one of normal, weight, bias, gates, lse, lse_cmp, lse_slc, lse_win, delta, blocks, out, or the name of an
-    index tensor of PackedLayout; symbols are resolved by `bench.inputs`.
+    `fill` is one of normal, weight, bias, gates, lse, lse_cmp, lse_slc, lse_win, delta, blocks, out, the name of an
+    index tensor of PackedLayout, or one of a paged cache: tokens, cells, page_scale, table, lengths, counters. dtype
+    "cache" is the problem's cache dtype. Symbols are resolved by `bench.inputs`.
     """
 
     name: str
@@ -185,6 +200,8 @@ class KernelSpec:
     reference: Callable[..., Mapping[str, Any]]  # (problem, inputs by name, layout, positions) -> outputs by name
     scalars: tuple[str, ...] = ()  # numbers that launch takes besides tensors: "scale", "seq_k"
     cases: tuple[Problem, ...] = ()  # small problems for tests
+    layouts: tuple[str, ...] = ("batched", "packed")  # that the family serves
+    importance: Callable[..., Any] | None = None  # (problem, inputs) -> scores of a paged selection, [B * Q, H, NB]
     library: str = ""  # provider measured beside it, if any
 
     @property
@@ -209,6 +226,9 @@ class KernelSpec:
 
     def check_problem(self, problem: Problem) -> None:
         """Raise InvalidProblem with the first rule that the problem breaks."""
+        if problem.layout not in self.layouts:
+            text = f"{self.family}: layout must be {' or '.join(self.layouts)}"
+            raise InvalidProblem(text, {"layout": problem.layout}, "Other families serve other layouts.")
         for rule in self.rules:
             if not rule.holds(problem):
                 names = {name: getattr(problem, name) for name in self.problem_fields}

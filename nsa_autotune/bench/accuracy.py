@@ -75,6 +75,8 @@ def gate_problem(problem: Problem) -> Problem:
     if problem.layout == "packed":
         batch = min(problem.batch, GATE_SEQUENCES)
         tokens *= min(batch, 2)
+    elif problem.layout == "paged":
+        batch = GATE_SEQUENCES  # ragged ones, whatever the problem's batch
     if problem.seq_k <= tokens:
         return problem.replace(batch=batch)
     seq_q = tokens if problem.seq_q == problem.seq_k else min(problem.seq_q, tokens // 2)
@@ -103,7 +105,8 @@ def prepare_gate(spec: KernelSpec, problem: Problem, device: torch.device | str,
         inputs = make_inputs(spec, problem, device, seed)
         if tied:  # every score becomes a sum of ones, so that equal ones are equal in any order of addition
             find_vectors(spec, inputs.tensors, "Q").zero_()
-            find_filled(spec, inputs.tensors, "lse").zero_()
+            if any(argument.fill == "lse" for argument in spec.arguments):
+                find_filled(spec, inputs.tensors, "lse").zero_()
         pristine = {
             argument.name: storage_bytes(tensor).clone()
             for argument in spec.arguments
@@ -181,6 +184,7 @@ def judge(spec: KernelSpec, expected: Expected, inputs: TrialInputs) -> Accuracy
             continue
         out = part.cut(argument, tensor)
         if _is_selection(argument, part.problem) and expected.scores is not None:
+            out = out.flatten(0, 1) if part.problem.layout == "paged" else out  # sequences have positions of their own
             report = compare_blocks(out, *expected.scores, part.positions, part.problem.nsa, part.problem.dtype)
         else:
             wide, base = expected.reference[argument.name], expected.baseline[argument.name]
@@ -217,6 +221,9 @@ def _reference(spec: KernelSpec, part: Part, given: dict[str, Tensor]) -> Mappin
 
 
 def _importance(spec: KernelSpec, part: Part, given: dict[str, Tensor]) -> Tensor:
+    if spec.importance is not None:
+        scores: Tensor = spec.importance(part.problem, given)
+        return scores
     tensors: dict[str, Tensor | None] = dict(given)
     q, k_cmp = find_vectors(spec, tensors, "Q"), find_vectors(spec, tensors, "C")
     lse = find_filled(spec, tensors, "lse")

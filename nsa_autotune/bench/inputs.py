@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codegen.shapes import INDEX_FILLS, resolve_dtype, resolve_shape, symbol_sizes
+from ..codegen.shapes import INDEX_FILLS, is_left_out, resolve_dtype, resolve_shape, symbol_sizes
 from ..errors import InvalidInput
 from ..layout import PackedLayout, packed_layout
+from ..paged import positions_of
 from ..spec import Argument, KernelSpec, Problem
 from .fills import causal_lse, likely_lse, select_at_random
+from .paged import PAGED_FILLS, fill_paged, fill_paged_blocks, trial_lengths
 
 GUARD_BYTES = 1 << 16  # on both sides of every tensor
 POISONS = ((math.nan, -7777), (3e4, 1 << 20))  # (float, int): what no kernel writes
@@ -50,8 +52,11 @@ def make_inputs(spec: KernelSpec, problem: Problem, device: torch.device | str, 
     tensors: dict[str, Tensor | None] = {}
     scale = problem.d_qk**-0.5
     for argument in sorted(spec.arguments, key=lambda a: a.fill == "lse"):  # lse is computed from the others
+        if is_left_out(argument, problem):
+            tensors[argument.name] = None
+            continue
         if argument.fill in INDEX_FILLS:
-            tensors[argument.name] = None if layout is None else guarded_copy(getattr(layout, argument.fill))
+            tensors[argument.name] = guarded_copy(getattr(layout, argument.fill))
             continue
         tensor = empty_guarded(resolve_shape(argument, sizes), resolve_dtype(argument, problem), device)
         generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {argument.name}".encode()))
@@ -64,8 +69,10 @@ def make_inputs(spec: KernelSpec, problem: Problem, device: torch.device | str, 
             tensor.normal_(0.0, LSE_SPREAD, generator=generator).add_(rows[:, None])
         elif argument.fill in RANDOM_FILLS:
             _fill_random(tensor, argument, generator)
+        elif argument.fill in PAGED_FILLS:
+            fill_paged(tensor, argument, problem, generator, seed)
         elif not argument.is_output:
-            known = (*RANDOM_FILLS, *INDEX_FILLS, *LSE_FILLS, "lse", "blocks", "out")
+            known = (*RANDOM_FILLS, *INDEX_FILLS, *LSE_FILLS, *PAGED_FILLS, "lse", "blocks", "out")
             raise InvalidInput(f"fill must be one of {', '.join(known)}", {argument.name: argument.fill})
         if layout is not None and argument.shape[:1] == ("C",) and not argument.is_output:
             fill_unused(tensor, argument.name, layout)
@@ -80,9 +87,11 @@ def fill_unused(tensor: Tensor, name: str, layout: PackedLayout) -> None:
 
 
 def query_positions(problem: Problem, layout: PackedLayout | None, device: torch.device | str) -> Tensor:
-    """Position of each query among the keys of its sequence: `[TQ]`, bottom-right aligned."""
+    """Position of each query among the keys of its sequence: `[TQ]`, bottom-right aligned; `[B * Q]` if paged."""
     if layout is not None:
         return layout.q_pos
+    if problem.layout == "paged":
+        return positions_of(trial_lengths(problem, device), problem.seq_q).flatten()
     return torch.arange(problem.seq_k - problem.seq_q, problem.seq_k, device=device, dtype=torch.int32)
 
 
@@ -142,6 +151,9 @@ def _fill_random(tensor: Tensor, argument: Argument, generator: torch.Generator)
 
 
 def _fill_blocks(tensor: Tensor, problem: Problem, layout: PackedLayout | None, generator: torch.Generator) -> None:
+    if problem.layout == "paged":
+        fill_paged_blocks(tensor, problem, generator)
+        return
     positions = query_positions(problem, layout, tensor.device)
     batch = problem.batch if layout is None else 1
     blocks = select_at_random(positions, batch, problem.num_kv_heads, problem.nsa, problem.locality, generator)

@@ -16,7 +16,7 @@ from .host_code import launch_sha
 from .load import explain, load
 from .machine_code import join_shas, machine_code_sha, usage_of
 from .render import Rendered, render
-from .shapes import INDEX_FILLS, resolve_dtype, resolve_shape, symbol_sizes
+from .shapes import INDEX_FILLS, is_left_out, resolve_dtype, resolve_shape, symbol_sizes
 from .target import Target, absent_gpu, parse_target, shared_limit_bytes
 
 __all__ = ["Resources", "compile_variant", "meta_arguments", "parse_target", "shared_limit_bytes"]
@@ -43,12 +43,14 @@ class Resources:
 
 def meta_arguments(spec: KernelSpec, problem: Problem, scale: float = 0.125) -> dict[str, Any]:
     """Launch arguments as tensors without storage: enough to compile."""
-    sizes, packed = symbol_sizes(problem), problem.layout == "packed"
+    sizes = symbol_sizes(problem)
     values: dict[str, Any] = dict(spec.scalar_values(problem, scale))
     for argument in spec.arguments:
-        if argument.fill in INDEX_FILLS:
+        if is_left_out(argument, problem):
+            values[argument.name] = None
+        elif argument.fill in INDEX_FILLS:
             (*_, length) = sizes[INDEX_FILLS[argument.fill]]
-            values[argument.name] = torch.empty(length, dtype=torch.int32, device="meta") if packed else None
+            values[argument.name] = torch.empty(length, dtype=torch.int32, device="meta")
         else:
             shape, dtype = resolve_shape(argument, sizes), resolve_dtype(argument, problem)
             values[argument.name] = torch.empty(shape, dtype=dtype, device="meta")

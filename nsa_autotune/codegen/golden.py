@@ -19,7 +19,10 @@ PROBLEMS = {
     "batched": Problem(),
     "packed": Problem(batch=4, layout="packed"),
     "d192_128": Problem(d_qk=192, d_v=128),
+    "paged": Problem(batch=8, seq_q=1, layout="paged"),
+    "paged_fp8": Problem(batch=8, seq_q=1, layout="paged", cache_dtype="float8_e4m3fn"),
 }
+ALL_STRUCTURES = ("batched", "paged")  # of these problems, the default's of the others
 
 
 def structural_configs(spec: KernelSpec, problem: Problem) -> Iterator[Config]:
@@ -45,7 +48,9 @@ def golden_sources(specs: Iterable[KernelSpec]) -> dict[str, str]:
     sources: dict[str, str] = {}
     for spec in specs:
         for label, problem in PROBLEMS.items():
-            configs = structural_configs(spec, problem) if label == "batched" else [spec.default_config(problem)]
+            if problem.layout not in spec.layouts:
+                continue
+            configs = structural_configs(spec, problem) if label in ALL_STRUCTURES else [spec.default_config(problem)]
             for config in configs:
                 name = "__".join([spec.family, label, *_switches(spec, config)])
                 sources[f"{name}.py"] = render(spec, problem, config).source

@@ -24,6 +24,16 @@ INDEX_FILLS = {  # tensors of the packed layout and the symbol that counts their
 }
 
 
+SPARE_PAGES = 3  # of a trial's cache: no sequence owns them
+
+
+def is_left_out(argument: Argument, problem: Problem) -> bool:
+    """True for a tensor that the problem's launch does without: index tensors if batched, scales if not fp8."""
+    if argument.fill in INDEX_FILLS:
+        return problem.layout != "packed"
+    return argument.fill == "page_scale" and problem.cache_dtype == "problem"
+
+
 def symbol_sizes(problem: Problem) -> dict[str, tuple[int, ...]]:
     """Dimensions behind each symbol of `Argument.shape`."""
     nsa, packed = problem.nsa, problem.layout == "packed"
@@ -43,6 +53,15 @@ def symbol_sizes(problem: Problem) -> dict[str, tuple[int, ...]]:
         "L_DV": nsa.compress_block_size * problem.d_v,
         "HIDDEN": problem.phi_hidden,
     }
+    if problem.layout == "paged":
+        pages = -(-problem.seq_k // problem.page_size)  # of the longest sequence
+        single |= {
+            "B": problem.batch,
+            "TABLE": pages,
+            "PAGES": problem.batch * pages + SPARE_PAGES,
+            "PAGE": problem.page_size,
+            "CELLS": problem.page_size // nsa.compress_stride,
+        }
     rows = {"Q": (*batch, problem.seq_q), "K": (*batch, problem.seq_k), "C": (*batch, num_cmp)}
     return {**rows, **{name: (size,) for name, size in single.items()}}
 
@@ -61,8 +80,10 @@ def resolve_shape(argument: Argument, sizes: dict[str, tuple[int, ...]]) -> tupl
 
 
 def resolve_dtype(argument: Argument, problem: Problem) -> torch.dtype:
-    """The torch dtype of an argument; 'problem' stands for the problem's."""
-    dtype = getattr(torch, problem.dtype if argument.dtype == "problem" else argument.dtype, None)
+    """The torch dtype of an argument; 'problem' stands for the problem's, 'cache' for that of its pages."""
+    name = problem.cache_dtype if argument.dtype == "cache" else argument.dtype
+    dtype = getattr(torch, problem.dtype if name == "problem" else name, None)
     if not isinstance(dtype, torch.dtype):
-        raise InvalidInput("an argument's dtype must be 'problem' or a torch dtype", {argument.name: argument.dtype})
+        rule = "an argument's dtype must be 'problem', 'cache' or a torch dtype"
+        raise InvalidInput(rule, {argument.name: argument.dtype})
     return dtype

@@ -10,7 +10,7 @@ from functools import cache
 from ..errors import UnknownName
 from ..spec import KernelSpec
 
-# order in which a training step uses the families; others follow by name
+# order in which a training step, then a decode step uses the families; others follow by name
 PIPELINE = (
     "cmp_pool_fwd",
     "cmp_mlp_fwd",
@@ -28,6 +28,11 @@ PIPELINE = (
     "cmp_attn_bwd_dkv",
     "cmp_mlp_bwd",
     "cmp_pool_bwd",
+    "kv_append_fwd",
+    "cmp_pool_append_fwd",
+    "cmp_mlp_append_fwd",
+    "cmp_decode_fwd",
+    "slc_win_decode_fwd",
 )
 
 

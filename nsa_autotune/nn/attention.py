@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..config import NSAConfig
 from ..errors import InvalidConfig, InvalidInput
-from ..ops.cache import decode_attention
 from ..ops.checks import check_cu_seqlens
+from ..ops.decode import decode_attention
 from ..ops.prefill import prefill_attention
 from ..paged import positions_of
 from ..reference import PhiWeights
@@ -149,6 +149,7 @@ class NativeSparseAttention(nn.Module):
                 *(q, gates, cache.pools, rows.table, rows.lengths),
                 config=self.config,
                 counters=cache.counters,
+                max_length=rows.max_length,
                 dispatcher=self.dispatcher,
                 strict=self.strict,
                 debug=cache.debug,

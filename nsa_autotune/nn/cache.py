@@ -14,13 +14,15 @@ from torch import Tensor
 from ..config import NSAConfig
 from ..dispatch.dispatcher import Dispatcher
 from ..errors import InvalidConfig, InvalidInput
-from ..ops import cache_checks
+from ..ops import checks, paged_checks
 from ..ops.cache import append as append_tokens
+from ..ops.decode import decode_counters
 from ..paged import FP8, CachePools, Pages
 from ..reference import PhiWeights
 from .page_table import PageTable, Rows
 
 MAX_NEW = 8  # query tokens of a decode step
+PAGE_DTYPES = (*checks.KERNEL_DTYPES, FP8)
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,16 @@ class LayerSizes:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InvalidConfig(f"{name} must be a positive int", {name: value})
-        if self.dtype not in cache_checks.PAGE_DTYPES:
-            known = f"Use one of {', '.join(str(dtype) for dtype in cache_checks.PAGE_DTYPES)}."
+        if self.dtype not in PAGE_DTYPES:
+            known = f"Use one of {', '.join(map(str, PAGE_DTYPES))}."
             raise InvalidConfig("dtype must be one that pages can have", {"dtype": str(self.dtype)}, known)
 
 
 class EngineTable:
     """The block table and lengths of a serving engine, which counts tokens and hands out pages itself."""
 
-    def __init__(self, table: Tensor, lengths: Tensor) -> None:
-        self.table, self.lengths = table, lengths
+    def __init__(self, table: Tensor, lengths: Tensor, max_length: int | None) -> None:
+        self.table, self.lengths, self.max_length = table, lengths, max_length
 
     @property
     def max_batch(self) -> int:
@@ -63,9 +65,9 @@ class EngineTable:
     def begin(self, layer: int, num_new: int, sequences: Sequence[int] | None = None) -> Rows:
         """The engine has counted the new tokens already."""
         if sequences is None:
-            return Rows(self.table, self.lengths)
+            return Rows(self.table, self.lengths, self.max_length)
         index = torch.tensor(sequences, device=self.table.device)
-        return Rows(self.table[index], self.lengths[index])
+        return Rows(self.table[index], self.lengths[index], self.max_length)
 
     def undo(self, layer: int) -> None:
         """Nothing was counted here."""
@@ -82,12 +84,11 @@ class KVCache:
     def __init__(
         self, pools: CachePools, pages: PageTable | EngineTable, config: NSAConfig, *, debug: bool = False
     ) -> None:
-        cache_checks.check_pools(pools, config)
+        paged_checks.check_pools(pools, pools.k_raw.data[:1], config)
         self.pools, self.pages, self.config, self.debug = pools, pages, config, debug
         self._sizes: LayerSizes | None = None
         self._layer = pages.add_layer(pools) if isinstance(pages, PageTable) else 0
-        heads = pools.k_raw.data.shape[2]
-        self.counters = torch.zeros(pages.max_batch * MAX_NEW * heads, dtype=torch.int32, device=pages.table.device)
+        self.counters = decode_counters(pages.max_batch, MAX_NEW, pools.k_raw.data.shape[2], pages.table.device)
 
     @classmethod
     def paged(
@@ -134,19 +135,29 @@ class KVCache:
 
     @classmethod
     def from_engine(
-        cls, pools: CachePools, block_table: Tensor, lengths: Tensor, *, config: NSAConfig, debug: bool = False
+        cls,
+        pools: CachePools,
+        block_table: Tensor,
+        lengths: Tensor,
+        *,
+        config: NSAConfig,
+        max_length: int | None = None,
+        debug: bool = False,
     ) -> KVCache:
         """Over a serving engine's tensors: int32 `[B, MP]` and `[B]`, which it keeps; `lengths` count the new tokens.
 
-        Pages are taken, shared and given back by the engine; here tokens are only written and read.
+        Pages are taken, shared and given back by the engine; here tokens are only written and read. No sequence will
+        be longer than `max_length`, by default what the block table has room for.
         """
-        cache = cls(pools, EngineTable(block_table, lengths), config, debug=debug)
-        cache_checks.check_table(block_table, lengths, pools, 0, debug)
-        return cache
+        paged_checks.check_table(block_table, lengths, block_table)
+        return cls(pools, EngineTable(block_table, lengths, max_length), config, debug=debug)
 
     @classmethod
     def _layer_on(cls, pages: PageTable, sizes: LayerSizes, debug: bool) -> KVCache:
-        cache_checks.check_page_size(pages.page_size, sizes.config)
+        stride = sizes.config.compress_stride
+        if pages.page_size % stride:
+            values = {"page_size": pages.page_size, "d": stride}
+            raise InvalidConfig("page_size must be a multiple of compress_stride (d)", values, "Make pages larger.")
         cache = cls(new_pools(pages, sizes), pages, sizes.config, debug=debug)
         cache._sizes = sizes
         return cache

@@ -12,18 +12,22 @@ import torch
 from torch import Tensor
 
 from ..errors import CacheFull, InvalidConfig, InvalidInput
+from ..ops.decode import length_bound
 from ..paged import CachePools
+from ..spec import PAGE_SIZES
 from .pages import Changes, PageBook
-
-PAGE_SIZES = (16, 32, 64, 128, 256)  # in tokens
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What a step works on: block table `[B, MP]` and lengths `[B]` of its sequences, the new tokens counted."""
+    """What a step works on: block table `[B, MP]` and lengths `[B]` of its sequences, the new tokens counted.
+
+    None of them is longer than `max_length`, or will be when a graph of the step is replayed; None: the table's room.
+    """
 
     table: Tensor
     lengths: Tensor
+    max_length: int | None
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class PageTable:
         self._done: list[int] = []  # steps that each layer has taken
         self._steps = 0
         self._step: _Step | None = None
+        self._captured: int | None = None  # tokens that the last graph is good for
 
     @property
     def host_lengths(self) -> tuple[int, ...]:
@@ -142,10 +147,16 @@ class PageTable:
     def advance(self, num_new: int) -> None:
         """What the host must be told before it replays a graph in which each active sequence takes `num_new` tokens.
 
-        Raises CacheFull where they have no room, and takes pages that are not reserved yet.
+        Takes pages that are not reserved yet. Raises CacheFull where there is no room, or the graph was captured for
+        fewer tokens: for what was reserved then, rounded up as `ops.decode.length_bound` does.
         """
         self._level("advance")
         rows = self._book.active()
+        most = max((self._book.rows[row].length + num_new for row in rows), default=0)
+        if self._captured is not None and most > self._captured:
+            values = {"tokens": most, "captured for": self._captured}
+            remedy = "Call reserve(tokens) and capture again."
+            raise CacheFull("a sequence must not outgrow the graph that was captured last", values, remedy)
         self._make_room(rows, num_new)
         for row in rows:
             self._book.rows[row].length += num_new
@@ -189,15 +200,19 @@ class PageTable:
         woken = tuple(row for row in rows if not self._book.rows[row].active)
         for row in woken:
             self._set_active(row, True)
-        if not _capturing(self.lengths):  # what is captured has not happened yet
-            for row in rows:
-                self._book.rows[row].length += num_new
+        capturing = _capturing(self.lengths)
+        longest = max(max(row.length for row in self._book.rows) + num_new, self._book.reserved if capturing else 0)
+        bound = length_bound(longest, self.max_tokens)
+        if capturing:
+            self._captured = bound
+        for row in () if capturing else rows:  # what is captured has not happened yet
+            self._book.rows[row].length += num_new
         if named is None:
             self.lengths.add_(self.active, alpha=num_new)
-            return _Step(num_new, named, rows, woken, Rows(self.table, self.lengths))
+            return _Step(num_new, named, rows, woken, Rows(self.table, self.lengths, bound))
         index = _to_device(rows, self.lengths)
         self.lengths.index_add_(0, index, torch.full_like(index, num_new, dtype=torch.int32))
-        return _Step(num_new, named, rows, woken, Rows(self.table[index], self.lengths[index]))
+        return _Step(num_new, named, rows, woken, Rows(self.table[index], self.lengths[index], bound))
 
     def _make_room(self, rows: Sequence[int], num_new: int) -> None:
         if num_new < 1:

@@ -1,16 +1,16 @@
-"""Appending to a paged cache, and a decode step over it; see `paged` for where everything lies."""
+"""Appending to a paged cache; see `paged` for where everything lies."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from .. import paged, paged_append
+from .. import paged_append
 from ..config import NSAConfig
 from ..dispatch.dispatcher import Dispatcher
 from ..errors import InvalidInput
 from ..paged import CachePools, Pages
 from ..reference import PhiWeights
-from . import cache_checks, checks
+from . import checks, paged_checks
 
 
 def append(
@@ -38,7 +38,10 @@ def append(
     """
     given = {"k": k, "v": v, "k_slc": k_slc, "v_slc": v_slc, "k_win": k_win, "v_win": v_win}
     writes = check_append(given, pools, block_table)
-    cache_checks.check_table(block_table, lengths, pools, k.shape[1], debug)
+    paged_checks.check_table(block_table, lengths, k)
+    if debug or checks.values_are_known(lengths):
+        capacity = block_table.shape[1] * pools.page_size
+        paged_checks.check_values(block_table, lengths, pools, k.shape[1], capacity)
     for pages, x in writes:
         paged_append.write_tokens(pages, block_table, lengths, x)
     for raw, compressed, phi in ((pools.k_raw, pools.k_cmp, phi_k), (pools.v_raw, pools.v_cmp, phi_v)):
@@ -52,42 +55,13 @@ def check_append(given: dict[str, Tensor | None], pools: CachePools, block_table
         pages: Pages = getattr(pools, name if "_" in name else f"{name}_raw")
         own = name in ("k", "v") or pages.data is not getattr(pools, f"{name[0]}_raw").data
         if own is not (x is not None):
-            values = {name: None if x is None else "given"}
             rule = f"{name} must be given if, and only if, the cache keeps it apart"
-            raise InvalidInput(rule, values, "share_kv of the cache must be that of the model.")
+            remedy = "share_kv of the cache must be that of the model."
+            raise InvalidInput(rule, {name: None if x is None else "given"}, remedy)
         if x is not None:
-            cache_checks.check_rows(name, x, pages, block_table)
+            paged_checks.check_rows(name, x, pages, block_table)
             writes.append((pages, x))
     if len({x.shape[1] for _, x in writes}) > 1:
-        raise InvalidInput(
-            "all keys and values must be of the same tokens", {n: x.shape for n, x in given.items() if x is not None}
-        )
+        values = {name: tuple(x.shape) for name, x in given.items() if x is not None}
+        raise InvalidInput("all keys and values must be of the same tokens", values)
     return writes
-
-
-def decode_attention(
-    q: Tensor,
-    gates: Tensor,
-    pools: CachePools,
-    block_table: Tensor,
-    lengths: Tensor,
-    *,
-    config: NSAConfig,
-    counters: Tensor | None = None,
-    scale: float | None = None,
-    dispatcher: Dispatcher | None = None,
-    strict: bool = False,
-    debug: bool = False,
-) -> Tensor:
-    """o `[B, Q, HQ, D_V]` of the last Q tokens of every sequence, q `[B, Q, HQ, D_QK]`, gates `[B, Q, HQ, 3]` (Eq. 5).
-
-    Their keys and values have been appended. Rows without a token (length below Q) are zero.
-    """
-    checks.check_query(q, None)
-    checks.check_gates(gates, q)
-    cache_checks.check_dtype("q", q, pools.k_raw)
-    if q.shape[0] != block_table.shape[0] or q.shape[-1] != pools.k_raw.data.shape[-1]:
-        values = {"q": tuple(q.shape), "block_table": tuple(block_table.shape), "k": tuple(pools.k_raw.data.shape)}
-        raise InvalidInput("q must have a row for each of the block table and the head dim of k", values)
-    cache_checks.check_table(block_table, lengths, pools, 0, debug)
-    return paged.decode_attention(q, gates, pools, block_table, lengths, config, scale)

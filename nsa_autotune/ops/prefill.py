@@ -14,7 +14,7 @@ from ..dispatch.dispatcher import Dispatcher
 from ..errors import InvalidInput
 from ..layout import PackedLayout, packed_layout
 from ..paged import CachePools, Pages, first_cell, rows_at
-from . import cache_checks, checks, serve, whole
+from . import checks, paged_checks, serve, whole
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def prefill_attention(
     """
     checks.check_query(q, None)
     checks.check_gates(gates, q)
-    cache_checks.check_dtype("q", q, pools.k_raw)
+    paged_checks.check_pools(pools, q, config)
     batch, num_new = q.shape[:2]
     if len(host_lengths) != batch or block_table.shape[0] != batch or min(host_lengths) < num_new:
         values = {"q": tuple(q.shape), "block_table": tuple(block_table.shape), "lengths": list(host_lengths)}

@@ -16,7 +16,7 @@ from nsa_autotune.nn import page_table
 from nsa_autotune.paged import FP8, CachePools, Pages, read_rows, read_tokens
 
 CONFIG = NSAConfig(8, 4, 16)
-SIZES: dict[str, Any] = {"num_kv_heads": 1, "d_qk": 2, "d_v": 1, "config": CONFIG, "dtype": torch.float32}
+SIZES: dict[str, Any] = {"num_kv_heads": 1, "d_qk": 32, "d_v": 16, "config": CONFIG, "dtype": torch.float32}
 
 
 def paged(**changes: Any) -> KVCache:
@@ -33,10 +33,10 @@ def contiguous(**changes: Any) -> KVCache:
 
 
 def give(cache: KVCache, count: int, sequences: list[int] | None = None, **more: Any) -> Tensor:
-    """Appends random tokens to all, or to some; returns their keys `[B, count, 1, 2]`."""
+    """Appends random tokens to all, or to some; returns their keys `[B, count, 1, 32]`."""
     rows = cache.max_batch if sequences is None else len(sequences)
-    k = torch.randn(rows, count, 1, 2)
-    cache.append(k, k[..., :1] * 2, sequences=sequences, **more)
+    k = torch.randn(rows, count, 1, 32)
+    cache.append(k, k[..., :16] * 2, sequences=sequences, **more)
     return k
 
 
@@ -45,7 +45,7 @@ def holds(cache: KVCache, sequence: int, k: Tensor) -> None:
     table, length = cache.block_table[sequence], k.shape[0]
     assert cache.host_lengths[sequence] == length == int(cache.lengths[sequence])
     assert torch.equal(read_tokens(cache.pools.k_raw, table, length), k)
-    assert torch.equal(read_tokens(cache.pools.v_raw, table, length), k[..., :1] * 2)
+    assert torch.equal(read_tokens(cache.pools.v_raw, table, length), k[..., :16] * 2)
     got = read_rows(cache.pools.k_cmp, table, used_cells(length, CONFIG))
     torch.testing.assert_close(got, reference.compress_mean(k[None], CONFIG)[0])
 
@@ -56,7 +56,7 @@ def test_random_acts_leave_what_lists_would(make: Any, seed: int) -> None:
     """Append, fork, truncate, free and reserve in any order; two layers; a full cache changes nothing."""
     pick, first = random.Random(seed), make(**({"num_pages": 8} if make is paged else {"max_tokens": 48}))
     caches = [first, first.another_layer()]
-    want = [torch.zeros(0, 1, 2) for _ in range(3)]
+    want = [torch.zeros(0, 1, 32) for _ in range(3)]
     active, full = [True] * 3, 0
     for _ in range(150):
         act, b = pick.choice(["append", "append", "name", "fork", "truncate", "free", "reserve"]), pick.randrange(3)
@@ -64,9 +64,9 @@ def test_random_acts_leave_what_lists_would(make: Any, seed: int) -> None:
         try:
             if act in ("append", "name"):
                 names = None if act == "append" else [b]
-                k = torch.randn(3 if names is None else 1, pick.choice([1, 1, 3, 20]), 1, 2)
+                k = torch.randn(3 if names is None else 1, pick.choice([1, 1, 3, 20]), 1, 32)
                 for cache in caches:
-                    cache.append(k, k[..., :1] * 2, sequences=names)
+                    cache.append(k, k[..., :16] * 2, sequences=names)
                 if names is not None:
                     active[b] = True
                 for row in range(3) if names is None else [b]:
@@ -75,7 +75,7 @@ def test_random_acts_leave_what_lists_would(make: Any, seed: int) -> None:
             elif act == "fork":
                 other = (b + 1) % 3
                 first.free(other)
-                want[other], active[other] = torch.zeros(0, 1, 2), False
+                want[other], active[other] = torch.zeros(0, 1, 32), False
                 before = (first.host_lengths, first.pages.num_free, first.block_table.clone(), first.lengths.clone())
                 first.fork(b, other)
                 want[other], active[other] = want[b], True
@@ -85,7 +85,7 @@ def test_random_acts_leave_what_lists_would(make: Any, seed: int) -> None:
                 want[b] = want[b][:length]
             elif act == "free":
                 first.free(b)
-                want[b], active[b] = torch.zeros(0, 1, 2), False
+                want[b], active[b] = torch.zeros(0, 1, 32), False
             elif pick.random() < 0.2:
                 first.reserve(pick.choice([10, 40]))
         except CacheFull:
@@ -201,11 +201,11 @@ def test_a_layer_that_fails_can_try_again() -> None:
     second = first.another_layer()
     give(first, 4)
     with pytest.raises(InvalidInput, match="v must be"):
-        second.append(torch.randn(3, 4, 1, 2), torch.randn(3, 4, 1, 9))
+        second.append(torch.randn(3, 4, 1, 32), torch.randn(3, 4, 1, 9))
     assert first.host_lengths == (4, 4, 4)  # the first layer has them
     holds(second, 0, give(second, 4)[0])
     with pytest.raises(InvalidInput, match="v must be"):
-        first.append(torch.randn(3, 4, 1, 2), torch.randn(3, 4, 1, 9))
+        first.append(torch.randn(3, 4, 1, 32), torch.randn(3, 4, 1, 9))
     assert first.host_lengths == (4, 4, 4) and first.lengths.tolist() == [4, 4, 4]
 
 
@@ -213,7 +213,7 @@ def test_a_failed_first_token_of_a_freed_sequence_leaves_it_freed() -> None:
     cache = paged()
     cache.free(1)
     with pytest.raises(InvalidInput, match="v must be"):
-        cache.append(torch.randn(1, 4, 1, 2), torch.randn(1, 4, 1, 9), sequences=[1])
+        cache.append(torch.randn(1, 4, 1, 32), torch.randn(1, 4, 1, 9), sequences=[1])
     give(cache, 2)
     assert cache.host_lengths == (2, 0, 2) and cache.lengths.tolist() == [2, 0, 2]
 
@@ -222,7 +222,7 @@ def test_contiguous_sequences_lie_side_by_side() -> None:
     cache = contiguous()
     assert cache.block_table.tolist() == [[6 * b + slot for slot in range(6)] for b in range(3)]
     k = give(cache, 33)
-    flat = cache.pools.k_raw.data.reshape(3, 96, 1, 2)
+    flat = cache.pools.k_raw.data.reshape(3, 96, 1, 32)
     assert torch.equal(flat[:, :33], k)
 
 
@@ -240,18 +240,22 @@ def test_fp8_pages_keep_their_scales_through_a_fork() -> None:
     [
         (lambda c: give(c, 1, [3]), InvalidInput, r"below max_batch; got sequences=\[3\]"),
         (lambda c: give(c, 1, [0, 0]), InvalidInput, "named once each"),
-        (lambda c: c.append(torch.randn(0, 1, 1, 2), torch.randn(0, 1, 1, 1), sequences=[]), InvalidInput, "once each"),
-        (lambda c: c.append(torch.randn(3, 0, 1, 2), torch.randn(3, 0, 1, 1)), InvalidInput, "at least one token"),
+        (
+            lambda c: c.append(torch.randn(0, 1, 1, 32), torch.randn(0, 1, 1, 16), sequences=[]),
+            InvalidInput,
+            "once each",
+        ),
+        (lambda c: c.append(torch.randn(3, 0, 1, 32), torch.randn(3, 0, 1, 16)), InvalidInput, "at least one token"),
         (lambda c: c.append(torch.randn(3, 1, 2), torch.randn(3, 1, 1)), InvalidInput, "k must be a tensor"),
         (lambda c: c.append(None, None), InvalidInput, "k must be a tensor.*NoneType"),
-        (lambda c: c.append(torch.randn(2, 1, 1, 2), torch.randn(2, 1, 1, 1)), InvalidInput, "a B for each row"),
+        (lambda c: c.append(torch.randn(2, 1, 1, 32), torch.randn(2, 1, 1, 16)), InvalidInput, "a B for each row"),
         (
-            lambda c: c.append(torch.randn(3, 1, 1, 2).half(), torch.randn(3, 1, 1, 1)),
+            lambda c: c.append(torch.randn(3, 1, 1, 32).half(), torch.randn(3, 1, 1, 16)),
             InvalidInput,
             "dtype of the pages",
         ),
-        (lambda c: c.append(torch.randn(3, 2, 1, 2), torch.randn(3, 1, 1, 1)), InvalidInput, "the same tokens"),
-        (lambda c: give(c, 1, k_win=torch.randn(3, 1, 1, 2)), InvalidInput, "k_win must be given if, and only if"),
+        (lambda c: c.append(torch.randn(3, 2, 1, 32), torch.randn(3, 1, 1, 16)), InvalidInput, "the same tokens"),
+        (lambda c: give(c, 1, k_win=torch.randn(3, 1, 1, 32)), InvalidInput, "k_win must be given if, and only if"),
         (lambda c: give(c, 1, k_slc=3), InvalidInput, "k_slc must be given if, and only if"),
         (lambda c: c.truncate(0, 6), InvalidInput, "a length that it has passed; got length=6, tokens=5"),
         (lambda c: c.truncate(0, -1), InvalidInput, "a length that it has passed"),
@@ -302,12 +306,13 @@ def engine(table: list[list[int]], lengths: list[int], **changes: Any) -> KVCach
 @pytest.mark.parametrize(
     ("table", "lengths", "sentence"),
     [
-        ([[0, 1], [2, 12]], [17, 17], r"pages that exist; got \(sequence, entry\)=\[1, 1\], page=12, pages=12"),
-        ([[0, 1], [-2, 3]], [17, 17], "pages that exist.*page=-2"),
-        ([[0, 1], [2, 3]], [17, 33], r"beyond the pages.*lengths=\[17, 33\], most=32"),
-        ([[0, 1], [2, 3]], [-1, 3], "beyond the pages"),
-        ([[0, 1], [2, 1]], [17, 17], r"belong to one sequence only; got \(sequence, entry\)=\[0, 1\], page=1"),
-        ([[4, 4], [2, 3]], [17, 1], "belong to one sequence only"),
+        ([[0, 1], [2, 12]], [17, 17], "pages that exist; got sequence=1, page=12, pages=12"),
+        ([[0, 1], [-2, 3]], [17, 17], "pages that exist; got sequence=1, page=-2"),
+        ([[0, 1], [2, 3]], [17, 33], "between 0 and the capacity; got sequence=1, length=33, capacity=32"),
+        ([[0, 1], [2, 3]], [-1, 3], "between 0 and the capacity"),
+        ([[0, 1], [2, 1]], [17, 17], r"belong to one sequence; got page=1, sequences=\[0, 1\]"),
+        ([[0, 1], [2, 0]], [17, 17], r"belong to one sequence; got page=0, sequences=\[0, 1\]"),  # the other reads it
+        ([[4, 4], [2, 3]], [17, 1], "belong to one sequence"),
     ],
 )
 def test_a_wrong_block_table_is_refused_before_anything_is_written(
@@ -317,13 +322,13 @@ def test_a_wrong_block_table_is_refused_before_anything_is_written(
     cache.block_table.copy_(int32(table))
     cache.lengths.copy_(int32(lengths))
     with pytest.raises(InvalidInput, match=sentence):
-        cache.append(torch.randn(2, 1, 1, 2), torch.randn(2, 1, 1, 1))
+        cache.append(torch.randn(2, 1, 1, 32), torch.randn(2, 1, 1, 16))
     assert cache.pools.k_raw.data.isnan().all()
 
 
 def test_an_engine_may_share_pages_that_nobody_writes() -> None:
     cache = engine([[0, 1, -1], [0, 3, 99]], [17, 20])
-    cache.append(torch.randn(2, 1, 1, 2), torch.randn(2, 1, 1, 1))
+    cache.append(torch.randn(2, 1, 1, 32), torch.randn(2, 1, 1, 16))
     assert cache.pools.k_raw.data.isfinite().all(-1).sum() == 2
 
 
@@ -334,11 +339,12 @@ def replaced(pools: CachePools, **changes: Any) -> CachePools:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"k_cmp": Pages(torch.zeros(12, 16, 1, 2))}, r"k_cmp must be pages \[12, 4, 1, 2\]"),
-        ({"v_win": Pages(torch.zeros(12, 8, 1, 1))}, r"v_win must be pages \[12, 16, 1, 1\]"),
-        ({"v_slc": Pages(torch.zeros(12, 16, 1, 1).half())}, "one known dtype.*float16"),
-        ({"v_raw": Pages(torch.zeros(12, 16, 1, 1), torch.ones(12, 1))}, "a scale.*if it is fp8, and none if not"),
-        ({"k_slc": Pages(torch.zeros(12, 16, 1, 4)[..., ::2])}, "each head in one piece"),
+        ({"k_cmp": Pages(torch.zeros(12, 16, 1, 32))}, r"k_cmp must be \[P, 4, H, D\]"),
+        ({"v_win": Pages(torch.zeros(12, 8, 1, 16))}, r"v_win must be \[P, 16, H, D\]"),
+        ({"v_win": Pages(torch.zeros(12, 16, 1, 32))}, "values of all branches must have one head dim"),
+        ({"v_slc": Pages(torch.zeros(12, 16, 1, 16).half())}, "v_slc must be.*float16"),
+        ({"v_raw": Pages(torch.zeros(12, 16, 1, 16), torch.ones(12, 1))}, "v_raw needs scales if it is fp8"),
+        ({"k_slc": Pages(torch.zeros(12, 16, 1, 64)[..., ::2])}, "vectors of k_slc must be contiguous"),
     ],
 )
 def test_pools_that_do_not_fit_are_refused(changes: dict[str, Pages], sentence: str) -> None:

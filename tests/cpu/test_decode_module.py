@@ -206,14 +206,14 @@ def test_rows_of_freed_sequences_are_ignored() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_decodes_near_its_forward(dtype: torch.dtype) -> None:
-    module, x = build().to(dtype), torch.randn(1, 15, HIDDEN, dtype=dtype)  # so short that every block is chosen
+    module, x = build(d_v=8).to(dtype), torch.randn(1, 15, HIDDEN, dtype=dtype)  # so short that every block is chosen
     close(decode(module, cache_for(module), x), module(x), 0.03)
 
 
 @pytest.mark.parametrize("how", ["decode", "prefill"])
 def test_fp8_pages_answer_near_bfloat16(how: str) -> None:
     """e4m3 keeps three bits: keys and values are off by up to 1/16, outputs by a few per cent of their size."""
-    module, x = build().bfloat16(), torch.randn(2, 60, HIDDEN, dtype=torch.bfloat16)
+    module, x = build(d_qk=16, d_v=16).bfloat16(), torch.randn(2, 60, HIDDEN, dtype=torch.bfloat16)
     answers = []
     for dtype in (torch.bfloat16, FP8):
         cache = cache_for(module, 2, dtype=dtype)
@@ -248,7 +248,7 @@ def test_bad_steps_are_refused_and_leave_the_cache_as_it_was() -> None:
     want = module(x)
     module.prefill(x[:, :20], cache)
     other = build(config=NSAConfig(8, 4, 16, num_selected=5, window_size=10))
-    wide = build(d_v=6)
+    wide = build(d_v=8)
     free = cache.pages.num_free
     for act, error, sentence in (
         (lambda: module.decode_step(x[:, :9], cache), InvalidInput, "up to 8 tokens.*prefill"),

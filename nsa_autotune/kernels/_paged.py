@@ -1,0 +1,69 @@
+"""What the specs of the decode families share: arguments over a paged cache, rules and constraints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..spec import ELEMENT_BYTES, Argument, Config, Param, Problem, ProblemRule
+from . import _common as c
+
+MAX_NEW_TOKENS = 8
+MAX_ROWS = 128  # new tokens times heads of a group, both padded to powers of two
+
+FINISH = Param("finish", ("ticket", "kernel"), "who joins the splits: the last program, or a second kernel", True)
+TABLE_ARGUMENTS = (Argument("table", ("B", "TABLE"), "int32", "table"), Argument("lengths", ("B",), "int32", "lengths"))
+COUNTERS = Argument("counters", ("Q", "H"), "int32", "counters")
+PROBLEM_FIELDS = (
+    *("batch", "seq_q", "seq_k", "num_q_heads", "num_kv_heads", "d_qk", "d_v", "dtype", "layout"),
+    *("page_size", "cache_dtype"),
+)
+
+RULES = (
+    *c.ATTENTION_RULES,
+    *c.SELECTION_RULES,
+    ProblemRule(
+        f"a step decodes at most {MAX_NEW_TOKENS} tokens a sequence",
+        lambda p: p.seq_q <= MAX_NEW_TOKENS,
+        "Use `prefill` for more.",
+    ),
+    ProblemRule(
+        f"new tokens times the group size, each padded to a power of two, must be at most {MAX_ROWS}",
+        lambda p: c.next_power_of_2(p.seq_q) * c.next_power_of_2(p.group_size) <= MAX_ROWS,
+        "Decode fewer tokens a step.",
+    ),
+    ProblemRule(
+        "page_size must be a multiple of compress_stride (d)",
+        lambda p: p.page_size % p.nsa.compress_stride == 0,
+        "Use page_size=64, say.",
+    ),
+)
+
+
+def page_arguments(name: str, rows: str, fill: str, width: str) -> tuple[Argument, Argument]:
+    """Pages of keys or values, and their scales."""
+    return (
+        Argument(name, ("PAGES", rows, "H", width), "cache", fill),
+        Argument(f"{name}_scale", ("PAGES", "H"), "float32", "page_scale"),
+    )
+
+
+def cache_bytes(problem: Problem) -> int:
+    """Bytes of a cached element."""
+    return 1 if problem.cache_dtype != "problem" else ELEMENT_BYTES[problem.dtype]
+
+
+def structure(problem: Problem, config: Config) -> dict[str, Any]:
+    """Structural switches that both decode templates read."""
+    return {
+        **c.attention_structure(problem, {**config, "use_tma": False}),
+        "fp8": problem.cache_dtype != "problem",
+        "finish": config["finish"],
+    }
+
+
+def block_d(problem: Problem, rows: int, splits: int) -> int:
+    """Columns of o that one step of joining the splits holds: at most 64 float32 values a thread of four warps."""
+    width = problem.d_v & -problem.d_v  # the largest power of two that divides it
+    while width > 16 and rows * splits * width > 64 * 128:
+        width //= 2
+    return width

@@ -1,0 +1,175 @@
+"""Compressed attention and selection of a decode step, in one pass over the compressed keys of a paged cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import paged
+from ..paged import Pages
+from ..spec import ELEMENT_BYTES, Argument, Config, Constraint, Cost, KernelSpec, Param, Problem, ProblemRule, Value
+from . import _common as c
+from . import _paged as g
+from .slc_select_fwd import POWERS_TO_128, ratio, span
+
+
+def rows(problem: Problem) -> int:
+    """Rows of a program's tile: all new tokens of a sequence times the heads of a group."""
+    return c.block_m(problem, {"BLOCK_T": c.next_power_of_2(problem.seq_q)})
+
+
+def constants(problem: Problem, config: Config) -> dict[str, Value]:
+    """tl.constexpr values of the kernels."""
+    nsa, block_t = problem.nsa, c.next_power_of_2(problem.seq_q)
+    return {
+        **c.tile_constants(problem, {**config, "BLOCK_T": block_t}),
+        "BLOCK_M": rows(problem),
+        "SPLIT": config["SPLIT"],
+        "BLOCK_S": config["BLOCK_S"],
+        "BLOCK_J": config["BLOCK_J"],
+        "BLOCK_D": g.block_d(problem, rows(problem), int(config["BLOCK_S"])),
+        "CELLS": problem.page_size // nsa.compress_stride,
+        "FIRST_CELL": paged.first_cell(nsa),
+        "CMP_BLOCK": nsa.compress_block_size,
+        "CMP_STRIDE": nsa.compress_stride,
+        "SELECT_BLOCK": nsa.select_block_size,
+        "RATIO": ratio(problem),
+        "SPAN": span(problem),
+        "N": nsa.num_selected,
+        "N_POW2": c.next_power_of_2(nsa.num_selected),
+        "NUM_INITIAL": nsa.num_initial,
+        "NUM_LOCAL": nsa.num_local,
+    }
+
+
+def structure(problem: Problem, config: Config) -> dict[str, Any]:
+    """Structural switches; `overlap`: windows reach into the next selection block, `exact_n`: n is a power of two."""
+    n = problem.nsa.num_selected
+    return {**g.structure(problem, config), "overlap": span(problem) > 1, "exact_n": n == c.next_power_of_2(n)}
+
+
+def defaults(problem: Problem) -> Config:
+    """Splits of about 4096 tokens, small tiles: works on every GPU from sm_80 on."""
+    wide = problem.d_qk + problem.d_v > 256 or problem.dtype == "float32"
+    block_n = max(32 if wide or rows(problem) > 64 else 64, ratio(problem))
+    return {
+        "BLOCK_N": block_n,
+        "SPLIT": max(256, block_n),
+        "BLOCK_S": 4 if rows(problem) > 64 else 8,
+        "BLOCK_J": max(128, c.next_power_of_2(problem.nsa.num_selected)),
+        "finish": "ticket",
+        "num_warps": 4,
+        "num_stages": 2,
+    }
+
+
+def cost(problem: Problem, config: Config) -> Cost:
+    """Every compressed key and value crosses device memory once; so do the partial results, through L2."""
+    cells = problem.batch * problem.nsa.num_compressed(problem.seq_k) * problem.num_kv_heads
+    width, heads = problem.d_qk + problem.d_v, problem.seq_q * problem.num_q_heads
+    moved = cells * width * g.cache_bytes(problem) + problem.batch * heads * width * ELEMENT_BYTES[problem.dtype]
+    flops = 2.0 * cells * width * problem.seq_q * problem.group_size
+    splits = -(-problem.nsa.num_compressed(problem.seq_k) // int(config["SPLIT"]))
+    partial = 4.0 * problem.batch * problem.num_kv_heads * splits * rows(problem) * problem.d_v
+    masses = 8.0 * cells / ratio(problem) * rows(problem)
+    through_l2 = moved + 2 * (partial + masses)
+    return Cost(flops, moved, on_chip_bytes=through_l2, mma_flops=2.0 * cells * width * rows(problem))
+
+
+def run_reference(
+    problem: Problem, inputs: dict[str, Any], layout: object = None, positions: object = None
+) -> dict[str, Any]:
+    """The paper's equation in PyTorch, for the pages of each sequence."""
+    return {"o": _reference(problem, inputs)[0]}
+
+
+def importance(problem: Problem, inputs: dict[str, Any]) -> Any:
+    """Importance of the selection blocks for each new token: `[B * Q, H, NB]`."""
+    return _reference(problem, inputs)[1].flatten(0, 1)
+
+
+def _reference(problem: Problem, inputs: dict[str, Any]) -> tuple[Any, Any]:
+    k, v = (Pages(inputs[name], inputs.get(f"{name}_scale")) for name in ("k", "v"))
+    return paged.compressed_decode(inputs["q"], k, v, inputs["table"], inputs["lengths"], problem.nsa)
+
+
+def _scores_fit(problem: Problem, config: Config) -> bool:
+    width = rows(problem) * (int(config["BLOCK_N"]) + problem.d_v)
+    return width / (32 * int(config["num_warps"])) <= c.MAX_THREAD_REGISTERS
+
+
+def _candidates_fit(problem: Problem, config: Config) -> bool:
+    """Masses of all heads of one step of the top-n."""
+    values = c.block_g(problem, {"BLOCK_T": c.next_power_of_2(problem.seq_q)}) * int(config["BLOCK_J"])
+    return values / (32 * int(config["num_warps"])) <= c.MAX_THREAD_REGISTERS // 2
+
+
+def cases() -> tuple[Problem, ...]:
+    """Small ragged problems for the interpreter: odd groups, several new tokens, other page sizes, fp8."""
+    small = c.small_cases()[0].replace(layout="paged", batch=4, seq_k=530, seq_q=1)
+    return (
+        small,
+        small.replace(seq_q=3, num_q_heads=10, num_kv_heads=2, d_qk=48, d_v=32, dtype="float32", page_size=16),
+        small.replace(seq_q=2, cache_dtype="float8_e4m3fn", page_size=128),
+    )
+
+
+SPEC = KernelSpec(
+    family="cmp_decode_fwd",
+    doc="compressed attention and selection of a decode step",
+    arguments=(
+        Argument("q", ("Q", "HQ", "D_QK")),
+        *g.page_arguments("k", "CELLS", "cells", "D_QK"),
+        *g.page_arguments("v", "CELLS", "cells", "D_V"),
+        *g.TABLE_ARGUMENTS,
+        Argument("o", ("Q", "HQ", "D_V"), fill="out"),
+        Argument("blocks", ("Q", "H", "N"), "int32", fill="out"),
+        g.COUNTERS,
+    ),
+    scalars=("scale", "seq_k"),
+    problem_fields=g.PROBLEM_FIELDS,
+    nsa_fields=(
+        "compress_block_size",
+        "compress_stride",
+        "select_block_size",
+        "num_selected",
+        "num_initial",
+        "num_local",
+    ),
+    params=(
+        Param("BLOCK_N", (16, 32, 64, 128), "compressed rows a tile", reserve=(256,)),
+        Param("SPLIT", (64, 128, 256, 512, 1024), "compressed rows a program", reserve=(32, 2048)),
+        Param("BLOCK_S", (4, 8, 16), "splits joined at once", reserve=(2, 32)),
+        Param("BLOCK_J", (64, 128, 256), "selection blocks a step of the top-n", reserve=(32, 512)),
+        g.FINISH,
+        c.NUM_WARPS,
+        c.NUM_STAGES,
+    ),
+    constraints=(
+        Constraint("a split must hold whole tiles", lambda p, x: int(x["SPLIT"]) % int(x["BLOCK_N"]) == 0),
+        Constraint(
+            "BLOCK_N must be a multiple of l'/d, so that a tile holds whole selection blocks",
+            lambda p, x: int(x["BLOCK_N"]) % ratio(p) == 0,
+        ),
+        Constraint(
+            "BLOCK_J must hold num_selected (n) candidates",
+            lambda p, x: int(x["BLOCK_J"]) >= c.next_power_of_2(p.nsa.num_selected),
+        ),
+        Constraint("accumulators and scores must fit in 240 registers a thread", _scores_fit),
+        Constraint("masses of one step of the top-n must fit in 120 registers a thread", _candidates_fit),
+        c.TILES_FIT,
+    ),
+    rules=(
+        *g.RULES,
+        ProblemRule(
+            "l'/d must be a power of two of at most 128", lambda p: ratio(p) in POWERS_TO_128, "Choose d = l'/4, say."
+        ),
+    ),
+    defaults=defaults,
+    cost=cost,
+    structure=structure,
+    constants=constants,
+    reference=run_reference,
+    importance=importance,
+    cases=cases(),
+    layouts=("paged",),
+)

@@ -1,0 +1,130 @@
+"""What must hold before a kernel sees a paged cache. Values on a device are read only where `debug` asks for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from ..config import NSAConfig
+from ..errors import InvalidInput
+from ..paged import FP8, CachePools, Pages
+from ..spec import PAGE_SIZES
+from . import checks
+
+BRANCHES = ("cmp", "raw", "slc", "win")
+
+
+def check_pools(pools: CachePools, q: Tensor, config: NSAConfig) -> None:
+    """Every pool is [P, ROWS, H, D] beside q, of its dtype or fp8 with scales, and holds pages of one size."""
+    if not isinstance(pools, CachePools):
+        raise InvalidInput("pools must be CachePools", {"pools": type(pools).__name__}, "Take them from a KVCache.")
+    size = pools.page_size
+    if size not in PAGE_SIZES or size % config.compress_stride:
+        sizes = {"page_size": size, "compress_stride": config.compress_stride}
+        known = f"Use one of {', '.join(map(str, PAGE_SIZES))} that compress_stride (d) divides."
+        raise InvalidInput("a page must hold whole strides", sizes, known)
+    for branch in BRANCHES:
+        k, v = getattr(pools, f"k_{branch}"), getattr(pools, f"v_{branch}")
+        rows = size // config.compress_stride if branch == "cmp" else size
+        check_pages(f"k_{branch}", k, q, rows)
+        check_pages(f"v_{branch}", v, q, rows)
+        if k.data.shape[:3] != v.data.shape[:3] or k.data.shape[:3:2] != pools.k_cmp.data.shape[:3:2]:
+            values = {f"k_{branch}": tuple(k.data.shape), f"v_{branch}": tuple(v.data.shape)}
+            raise InvalidInput("all pools must have equally many pages and heads", values)
+        if k.data.dtype != pools.k_raw.data.dtype or v.data.dtype != pools.k_raw.data.dtype:
+            dtypes = {"k_raw": str(pools.k_raw.data.dtype), branch: f"{k.data.dtype}, {v.data.dtype}"}
+            raise InvalidInput("all pools must be of one dtype", dtypes)
+        if v.data.shape[3] != pools.v_raw.data.shape[3]:
+            values = {"v_raw": tuple(pools.v_raw.data.shape), f"v_{branch}": tuple(v.data.shape)}
+            raise InvalidInput("the values of all branches must have one head dim", values)
+        if k.data.shape[3] != q.shape[3]:
+            values = {"q": tuple(q.shape), f"k_{branch}": tuple(k.data.shape)}
+            raise InvalidInput(f"k_{branch} must have the head dim of q", values, "Only v may have its own.")
+
+
+def check_pages(name: str, pages: Pages, q: Tensor, rows: int) -> None:
+    """One pool: [P, rows, H, D] with contiguous heads of vectors, and scales [P, H] float32 if it is fp8."""
+    data, scale = pages.data, pages.scale
+    facts = {"shape": tuple(data.shape), "dtype": str(data.dtype), "device": str(data.device)}
+    if data.ndim != 4 or data.shape[1] != rows:
+        raise InvalidInput(f"{name} must be [P, {rows}, H, D]", facts, "Cells are page_size / compress_stride a page.")
+    if data.device != q.device or data.dtype not in (q.dtype, FP8):
+        raise InvalidInput(f"{name} must be on {q.device} and of {q.dtype} or {FP8}", facts, "Build the cache for it.")
+    if data.stride(3) != 1 or any(
+        stride * data.element_size() % checks.ALIGNMENT_BYTES for stride in data.stride()[:3]
+    ):
+        strides = {**facts, "strides": data.stride()}
+        raise InvalidInput(f"vectors of {name} must be contiguous and aligned to 16 bytes", strides)
+    if q.shape[2] % data.shape[2]:
+        heads = {"query heads": q.shape[2], f"heads of {name}": data.shape[2]}
+        raise InvalidInput(f"the heads of {name} must divide the query heads", heads)
+    if (data.dtype == FP8) != (scale is not None):
+        raise InvalidInput(f"{name} needs scales if it is fp8, and only then", facts, "Scales are float32 [P, H].")
+    if scale is not None:
+        want = (data.shape[0], data.shape[2])
+        if tuple(scale.shape) != want or scale.dtype != torch.float32 or scale.device != q.device:
+            values = {"shape": tuple(scale.shape), "dtype": str(scale.dtype), "device": str(scale.device)}
+            raise InvalidInput(f"the scales of {name} must be float32 {want} on {q.device}", values)
+        if not scale.is_contiguous():
+            raise InvalidInput(f"the scales of {name} must be contiguous", {"strides": scale.stride()})
+
+
+def check_table(table: Tensor, lengths: Tensor, q: Tensor) -> None:
+    """table is int32 [B, MP] and lengths int32 [B], on the device of q."""
+    for name, x, want in (("block_table", table, (q.shape[0], -1)), ("lengths", lengths, (q.shape[0],))):
+        facts = {"shape": tuple(x.shape), "dtype": str(x.dtype), "device": str(x.device)}
+        fits = x.ndim == len(want) and x.shape[0] == want[0] and x.dtype == torch.int32 and x.device == q.device
+        if not fits or (x.ndim == 2 and x.shape[1] < 1) or x.stride(-1) != 1:
+            form = "[B, MP]" if name == "block_table" else "[B]"
+            remedy = f"Here B = {q.shape[0]} and the device is {q.device}."
+            raise InvalidInput(f"{name} must be int32 {form} beside the tokens", facts, remedy)
+
+
+def check_values(table: Tensor, lengths: Tensor, pools: CachePools, num_new: int, max_length: int) -> None:
+    """What the kernels trust: lengths within bounds, pages that exist, and new tokens in pages that nobody else names.
+
+    Reads the device's values, so it waits for them.
+    """
+    size, pages = pools.page_size, pools.k_raw.data.shape[0]
+    capacity = min(max_length, table.shape[1] * size)
+    used: list[list[int]] = []
+    for index, (length, row) in enumerate(zip(lengths.tolist(), table.tolist(), strict=True)):
+        if not 0 <= length <= capacity:
+            values = {"sequence": index, "length": length, "capacity": capacity}
+            raise InvalidInput("a length must lie between 0 and the capacity", values, "Reserve more pages.")
+        used.append(row[: -(-length // size)])
+        wrong = [page for page in used[index] if not 0 <= page < pages]
+        if wrong:
+            values = {"sequence": index, "page": wrong[0], "pages": pages}
+            raise InvalidInput("block_table must name pages that exist", values, "Unused entries may hold anything.")
+    holders = Counter(page for mine in used for page in mine)
+    for index, length in enumerate(lengths.tolist()):
+        for page in used[index][max(0, length - num_new) // size :]:
+            if holders[page] > 1:
+                values = {"page": page, "sequences": [other for other, mine in enumerate(used) if page in mine]}
+                remedy = "Copy a shared page before a sequence writes to it."
+                raise InvalidInput("pages that new tokens are written to must belong to one sequence", values, remedy)
+
+
+def check_rows(name: str, x: Tensor, pages: Pages, table: Tensor) -> None:
+    """New keys or values `[B, Q, H, D]` fit their pages; any floating-point dtype goes into fp8 ones."""
+    checks.check_tensor(name, x)
+    _, _, heads, dim = pages.data.shape
+    if x.ndim != 4 or x.shape[0] != table.shape[0] or x.shape[1] < 1 or tuple(x.shape[2:]) != (heads, dim):
+        values = {"shape": tuple(x.shape), "sequences": table.shape[0]}
+        raise InvalidInput(f"{name} must be [B, Q, {heads}, {dim}], with a B for each row of the block table", values)
+    if x.device != pages.data.device or pages.data.dtype not in (x.dtype, FP8):
+        values = {name: f"{x.dtype} on {x.device}", "pages": f"{pages.data.dtype} on {pages.data.device}"}
+        remedy = "Make the cache with the dtype and device of the model."
+        raise InvalidInput(f"{name} must have the dtype of the pages, and their device", values, remedy)
+
+
+def check_counters(counters: Tensor, q: Tensor, num_heads: int) -> None:
+    """counters is int32 with room for every new token and kv head."""
+    need = q.shape[0] * q.shape[1] * num_heads
+    if counters.dtype != torch.int32 or counters.numel() < need or counters.device != q.device:
+        values = {"dtype": str(counters.dtype), "elements": counters.numel(), "device": str(counters.device)}
+        remedy = "Take them from decode_counters(), once for all steps."
+        raise InvalidInput(f"counters must be int32 with at least {need} elements on {q.device}", values, remedy)
