@@ -200,9 +200,9 @@ class PageTable:
         woken = tuple(row for row in rows if not self._book.rows[row].active)
         for row in woken:
             self._set_active(row, True)
+        longest = max(max(row.length for row in self._book.rows) + num_new, self._book.reserved)
+        bound = length_bound(longest, self.max_tokens)  # that of a capture too, so that steps before it warm it up
         capturing = _capturing(self.lengths)
-        longest = max(max(row.length for row in self._book.rows) + num_new, self._book.reserved if capturing else 0)
-        bound = length_bound(longest, self.max_tokens)
         if capturing:
             self._captured = bound
         for row in () if capturing else rows:  # what is captured has not happened yet

@@ -138,6 +138,23 @@ def test_reserved_pages_leave_the_table_as_it_is() -> None:
         cache.reserve(97)
 
 
+def test_what_is_reserved_is_a_sequence_of_its_own() -> None:
+    cache = paged()
+    k = give(cache, 33, [0])
+    cache.fork(0, 1)
+    cache.reserve(48)
+    assert cache.pages.num_free == 12 - 3 - 1 - 3
+    cache.truncate(1, 5)  # of its three pages two are those of the other one
+    more = give(cache, 30, [1])
+    holds(cache, 0, k[0])
+    holds(cache, 1, torch.cat([k[0, :5], more[0]]))
+    cache.truncate(2, 0)
+    cache.fork(0, 2)  # which has reserved pages that it does not need now
+    for row in range(3):
+        cache.free(row)
+    assert cache.pages.num_free == 12
+
+
 def test_a_captured_step_counts_on_the_device_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU a captured step runs at once, as its replay would: the host hears of it by `advance`."""
     cache = paged(max_batch=2)
@@ -158,6 +175,26 @@ def test_a_captured_step_counts_on_the_device_alone(monkeypatch: pytest.MonkeyPa
     with pytest.raises(CacheFull, match="outgrow"):
         cache.advance(80)
     assert cache.host_lengths == (17, 17)
+
+
+def test_a_graph_is_not_replayed_beyond_what_it_was_captured_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels look at no more tokens than were reserved, rounded up to a power of two from 1024 on."""
+    cache = paged(max_batch=1, max_tokens=4096, num_pages=16, page_size=256)
+    give(cache, 1)
+    monkeypatch.setattr(page_table, "_capturing", lambda x: True)
+    give(cache, 1)
+    monkeypatch.undo()
+    cache.advance(1023)
+    with pytest.raises(CacheFull, match=r"outgrow the graph.*tokens=1025, captured for=1024.*capture again"):
+        cache.advance(1)
+    assert cache.host_lengths == (1024,)
+    cache.reserve(1100)
+    monkeypatch.setattr(page_table, "_capturing", lambda x: True)
+    with cache.step(1) as rows:
+        assert rows.max_length == 2048
+    monkeypatch.undo()
+    cache.advance(1)
+    assert cache.host_lengths == (1025,)
 
 
 def test_advance_takes_the_pages_that_a_replay_needs() -> None:
