@@ -69,8 +69,12 @@ def first_cell(config: NSAConfig) -> int:
 def read_rows(pages: Pages, table_row: Tensor, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Rows (token positions, or cells) of one sequence: `[R]` int64 to `[R, H, D]`, scaled, in `dtype` (the data's)."""
     size = pages.data.shape[1]
-    page = table_row.long()[rows // size]
-    found = pages.data[page, rows % size]
+    return rows_at(pages, table_row.long()[rows // size], rows % size, dtype)
+
+
+def rows_at(pages: Pages, page: Tensor, row: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Rows `[..]` int64 of pages `[..]` int64: `[.., H, D]`, scaled, in `dtype` (the data's)."""
+    found = pages.data[page, row]
     wanted = dtype or found.dtype
     if pages.scale is None:
         return found.to(wanted)
@@ -132,7 +136,7 @@ def select_decode(scores: Tensor, lengths: Tensor, config: NSAConfig) -> Tensor:
     """Eq. 11-12 for the importance of the last Q tokens: int32 `[B, Q, H, n]`, ascending, then -1."""
     positions = positions_of(lengths, scores.shape[1]).flatten()
     chosen = reference.select_from_importance(scores.flatten(0, 1), config, positions)
-    return chosen.reshape(*scores.shape[:3], -1)
+    return chosen.reshape(*scores.shape[:3], config.num_selected)
 
 
 def selected_window_decode(

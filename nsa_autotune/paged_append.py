@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import reference
 from .config import NSAConfig
-from .paged import FP8_MAX, Pages, first_cell, positions_of, power_of_two_scale
+from .paged import FP8_MAX, Pages, first_cell, positions_of, power_of_two_scale, rows_at
 from .reference import PhiWeights
 
 
@@ -44,20 +44,12 @@ def write_compressed(
     sequence, new = complete.nonzero(as_tuple=True)  # [N]
     row = behind_first[sequence, new] // config.compress_stride
     tokens = row[:, None] * config.compress_stride + torch.arange(config.compress_block_size, device=row.device)
-    x = _read(raw, table[sequence], tokens, None if phi is None else phi.w1.dtype)  # [N, l, H, D]
+    page = table[sequence].long().gather(1, tokens // raw.data.shape[1])
+    mean_dtype = raw.data.dtype if raw.scale is None else torch.float32
+    x = rows_at(raw, page, tokens % raw.data.shape[1], mean_dtype if phi is None else phi.w1.dtype)  # [N, l, H, D]
     out = reference.compress_mean(x, config) if phi is None else reference.compress_mlp(x, phi, config)
     start = first_cell(config)
     _write_rows(compressed, table[sequence], row[:, None] + start, out, start)
-
-
-def _read(pages: Pages, tables: Tensor, rows: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Rows `[N, R]` of sequences with tables `[N, MP]`: `[N, R, H, D]`, in float32 if fp8 and no dtype is given."""
-    size = pages.data.shape[1]
-    page = tables.long().gather(1, rows // size)
-    found = pages.data[page, rows % size]
-    if pages.scale is not None:
-        found = found.float() * pages.scale[page][..., None]
-    return found if dtype is None else found.to(dtype)
 
 
 def _write_rows(pages: Pages, table: Tensor, rows: Tensor, x: Tensor, start: int) -> None:

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from .attention import NativeSparseAttention, Phi
+from .cache import KVCache
 
-__all__ = ["NativeSparseAttention", "Phi"]
+__all__ = ["KVCache", "NativeSparseAttention", "Phi"]
