@@ -156,8 +156,9 @@ class Argument:
     """A tensor of a kernel's launch function: symbolic shape, dtype ("problem": the problem's), content in a trial.
 
     `fill` is one of normal, weight, bias, gates, lse, lse_cmp, lse_slc, lse_win, delta, blocks, out, the name of an
-    index tensor of PackedLayout, or one of a paged cache: tokens, cells, page_scale, table, lengths, counters. dtype
-    "cache" is the problem's cache dtype. Symbols are resolved by `bench.inputs`.
+    index tensor of PackedLayout, or one of a paged cache: tokens, cells, page_scale, table, lengths, counters, and
+    state_tokens, state_cells, state_scale of one that the kernel adds to. dtype "cache" is the problem's cache dtype.
+    Symbols are resolved by `bench.inputs`.
     """
 
     name: str
@@ -168,7 +169,12 @@ class Argument:
     @property
     def is_output(self) -> bool:
         """True for a tensor that the kernel writes."""
-        return self.fill == "out"
+        return self.fill == "out" or self.is_state
+
+    @property
+    def is_state(self) -> bool:
+        """True for a tensor that the kernel writes in parts: the rest stays as it was."""
+        return self.fill.startswith("state_")
 
 
 @dataclass(frozen=True)
@@ -198,7 +204,7 @@ class KernelSpec:
     structure: Callable[[Problem, Config], dict[str, Any]]  # what decides the rendered lines
     constants: Callable[[Problem, Config], dict[str, Value]]  # tl.constexpr values of the kernel
     reference: Callable[..., Mapping[str, Any]]  # (problem, inputs by name, layout, positions) -> outputs by name
-    scalars: tuple[str, ...] = ()  # numbers that launch takes besides tensors: "scale", "seq_k"
+    scalars: tuple[str, ...] = ()  # numbers that launch takes besides tensors: "scale", "seq_k", "num_new"
     cases: tuple[Problem, ...] = ()  # small problems for tests
     layouts: tuple[str, ...] = ("batched", "packed")  # that the family serves
     importance: Callable[..., Any] | None = None  # (problem, inputs) -> scores of a paged selection, [B * Q, H, NB]
@@ -211,7 +217,7 @@ class KernelSpec:
 
     def scalar_values(self, problem: Problem, scale: float) -> dict[str, float | int]:
         """The numbers of one launch by name."""
-        known: dict[str, float | int] = {"scale": scale, "seq_k": problem.seq_k}
+        known: dict[str, float | int] = {"scale": scale, "seq_k": problem.seq_k, "num_new": problem.seq_q}
         return {name: known[name] for name in self.scalars}
 
     def problem_key(self, problem: Problem, *, bucket: bool = True) -> str:

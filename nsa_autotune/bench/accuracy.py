@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..codegen.shapes import resolve_dtype
+from ..codegen.shapes import is_left_out, resolve_dtype
 from ..errors import InvalidInput
 from ..spec import Argument, KernelSpec, Problem
 from .compare import AccuracyReport, compare_blocks, compare_floats
@@ -26,6 +26,7 @@ from .inputs import (
 )
 from .parts import Part, sampled, whole
 from .scratch import Scratch, guarded_scratch
+from .state import compare_state
 
 Launch = Callable[..., Any]
 GATE_TOKENS = 1031  # at least: an odd number past the default window and a block boundary
@@ -154,7 +155,8 @@ def run_cases(cases: tuple[Case, ...], launch: Launch) -> AccuracyReport:
 
 
 def _launch_and_judge(case: Case, launch: Launch, which: int) -> list[AccuracyReport]:
-    outputs = {a.name: case.inputs.tensors[a.name] for a in case.spec.arguments if a.is_output}
+    written = [a for a in case.spec.arguments if a.is_output and not is_left_out(a, case.problem)]
+    outputs = {a.name: case.inputs.tensors[a.name] for a in written}
     guards: dict[str, Tensor] = {}
     for name, tensor in outputs.items():
         if tensor is None:
@@ -162,6 +164,8 @@ def _launch_and_judge(case: Case, launch: Launch, which: int) -> list[AccuracyRe
         bytes_of = storage_bytes(tensor)
         poison(torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage()), which)
         guards[name] = bytes_of[:GUARD_BYTES].clone()
+        if name in case.inputs.before:
+            tensor.copy_(case.inputs.before[name])
         if tensor.is_cuda:
             torch.cuda.synchronize(tensor.device)
     with guarded_scratch(launch, which) as scratch:
@@ -186,6 +190,8 @@ def judge(spec: KernelSpec, expected: Expected, inputs: TrialInputs) -> Accuracy
         if _is_selection(argument, part.problem) and expected.scores is not None:
             out = out.flatten(0, 1) if part.problem.layout == "paged" else out  # sequences have positions of their own
             report = compare_blocks(out, *expected.scores, part.positions, part.problem.nsa, part.problem.dtype)
+        elif argument.is_state:
+            report = compare_state(argument, tensor, inputs, expected.reference, expected.baseline)
         else:
             wide, base = expected.reference[argument.name], expected.baseline[argument.name]
             report = compare_floats(argument.name, out, wide, base, has_rows=str(argument.shape[-1]).startswith("D_"))

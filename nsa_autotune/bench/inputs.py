@@ -7,7 +7,7 @@ import math
 import random
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ..paged import positions_of
 from ..spec import Argument, KernelSpec, Problem
 from .fills import causal_lse, likely_lse, select_at_random
 from .paged import PAGED_FILLS, fill_paged, fill_paged_blocks, trial_lengths
+from .state import fill_state
 
 GUARD_BYTES = 1 << 16  # on both sides of every tensor
 POISONS = ((math.nan, -7777), (3e4, 1 << 20))  # (float, int): what no kernel writes
@@ -37,6 +38,7 @@ class TrialInputs:
     layout: PackedLayout | None
     scale: float
     scalars: dict[str, float | int]  # the numbers that the family's launch takes
+    before: dict[str, Tensor] = field(default_factory=dict)  # copies of the tensors that a launch writes in parts
 
     def call(self, launch: Callable[..., Any]) -> Any:
         """One launch; index tensors of a batched problem are left to their default."""
@@ -71,6 +73,8 @@ def make_inputs(spec: KernelSpec, problem: Problem, device: torch.device | str, 
             _fill_random(tensor, argument, generator)
         elif argument.fill in PAGED_FILLS:
             fill_paged(tensor, argument, problem, generator, seed)
+        elif argument.is_state:
+            fill_state(tensor, argument, problem, generator, seed)
         elif not argument.is_output:
             known = (*RANDOM_FILLS, *INDEX_FILLS, *LSE_FILLS, *PAGED_FILLS, "lse", "blocks", "out")
             raise InvalidInput(f"fill must be one of {', '.join(known)}", {argument.name: argument.fill})
@@ -78,7 +82,8 @@ def make_inputs(spec: KernelSpec, problem: Problem, device: torch.device | str, 
             fill_unused(tensor, argument.name, layout)
         tensors[argument.name] = tensor
     scalars = dict(spec.scalar_values(problem, scale))
-    return TrialInputs({a.name: tensors[a.name] for a in spec.arguments}, layout, scale, scalars)
+    before = {a.name: t.clone() for a in spec.arguments if a.is_state and (t := tensors[a.name]) is not None}
+    return TrialInputs({a.name: tensors[a.name] for a in spec.arguments}, layout, scale, scalars, before)
 
 
 def fill_unused(tensor: Tensor, name: str, layout: PackedLayout) -> None:
@@ -140,7 +145,10 @@ def storage_bytes(tensor: Tensor) -> Tensor:
 def poison(tensor: Tensor, which: int = 0) -> None:
     """Overwrite with what no kernel writes."""
     float_value, int_value = POISONS[which]
-    tensor.fill_(float_value if tensor.is_floating_point() else int_value)
+    if tensor.is_floating_point():
+        tensor.fill_(min(float_value, torch.finfo(tensor.dtype).max))  # of fp8, 448
+    else:
+        tensor.fill_(int_value)
 
 
 def _fill_random(tensor: Tensor, argument: Argument, generator: torch.Generator) -> None:

@@ -22,7 +22,8 @@ def trial_lengths(problem: Problem, device: torch.device | str) -> Tensor:
     """Tokens of each sequence `[B]` int32: all of them; a short problem has shorter, new and unused ones too."""
     lengths = [problem.seq_k] * problem.batch
     if problem.seq_k <= RAGGED_UP_TO:
-        ragged = (problem.seq_k, problem.seq_k * 5 // 8, problem.seq_q, 0)
+        stride, part = problem.nsa.compress_stride, problem.seq_k * 5 // 8
+        ragged = (problem.seq_k, part - part % stride, problem.seq_q, 0)  # the second completes a compressed row
         lengths = [ragged[index % len(ragged)] for index in range(problem.batch)]
     return torch.tensor(lengths, dtype=torch.int32, device=device)
 

@@ -29,11 +29,15 @@ class Part:
     where: str = ""  # what its coordinates count, for people
 
     def given(self, spec: KernelSpec, inputs: TrialInputs) -> dict[str, Tensor]:
-        """The input tensors of the part by argument name, without index tensors."""
+        """The input tensors of the part by argument name, and what a launch adds to; without index tensors."""
         chosen: dict[str, Tensor] = {}
         for argument in spec.arguments:
             tensor = inputs.tensors[argument.name]
-            if tensor is not None and not argument.is_output and argument.fill not in INDEX_FILLS:
+            if tensor is None or argument.fill in INDEX_FILLS:
+                continue
+            if argument.is_state:
+                chosen[argument.name] = inputs.before[argument.name]
+            elif not argument.is_output:
                 chosen[argument.name] = self.cut(argument, tensor)
         return chosen
 

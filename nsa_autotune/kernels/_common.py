@@ -84,6 +84,11 @@ def head_dim_ok(width: int) -> bool:
 
 
 PAD_THE_HEAD_DIM = "Pad the head dim, for example 80 -> 96."
+PHI_HIDDEN = ProblemRule(
+    "phi_hidden must be a power of two from 16 to 256",
+    lambda p: p.phi_hidden in (16, 32, 64, 128, 256),
+    "Choose phi_hidden=128, say.",
+)
 ATTENTION_RULES = (
     ProblemRule(
         "head dims must be multiples of 16, at most 256, and a sum of at most three powers of two",

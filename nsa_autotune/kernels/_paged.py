@@ -18,6 +18,11 @@ PROBLEM_FIELDS = (
     *("page_size", "cache_dtype"),
 )
 
+WHOLE_CELLS = ProblemRule(
+    "page_size must be a multiple of compress_stride (d)",
+    lambda p: p.page_size % p.nsa.compress_stride == 0,
+    "Use page_size=64, say.",
+)
 RULES = (
     *c.ATTENTION_RULES,
     *c.SELECTION_RULES,
@@ -31,11 +36,7 @@ RULES = (
         lambda p: c.next_power_of_2(p.seq_q) * c.next_power_of_2(p.group_size) <= MAX_ROWS,
         "Decode fewer tokens a step.",
     ),
-    ProblemRule(
-        "page_size must be a multiple of compress_stride (d)",
-        lambda p: p.page_size % p.nsa.compress_stride == 0,
-        "Use page_size=64, say.",
-    ),
+    WHOLE_CELLS,
 )
 
 

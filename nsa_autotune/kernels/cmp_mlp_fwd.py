@@ -115,11 +115,7 @@ SPEC = KernelSpec(
             lambda p: c.head_dim_ok(p.d_qk),
             c.PAD_THE_HEAD_DIM,
         ),
-        ProblemRule(
-            "phi_hidden must be a power of two from 16 to 256",
-            lambda p: p.phi_hidden in (16, 32, 64, 128, 256),
-            "Choose phi_hidden=128, say.",
-        ),
+        c.PHI_HIDDEN,
     ),
     defaults=lambda problem: {
         "BLOCK_C": 32,

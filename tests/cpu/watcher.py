@@ -86,7 +86,7 @@ def watched(module: ModuleType) -> Iterator[tuple[Watcher, Callable[..., Any]]]:
     patch.setattr(interpreter, "_interpreter", Checked())
     if hasattr(module, "torch"):
         names = {"empty": scratch(torch.empty), "empty_like": scratch(torch.empty_like)}
-        known = {name: getattr(torch, name) for name in ("int32", "float32", "cuda")}
+        known = {name: getattr(torch, name) for name in ("int32", "float32", "uint8", "cuda")}
         patch.setattr(module, "torch", SimpleNamespace(**known, **names))
     try:
         yield watcher, launch
