@@ -15,39 +15,14 @@ from ..ops.checks import check_cu_seqlens
 from ..ops.decode import decode_attention
 from ..ops.prefill import prefill_attention
 from ..paged import positions_of
-from ..reference import PhiWeights
 from .cache import MAX_NEW, KVCache
 from .page_table import Rows
+from .phi import Phi
 
 if TYPE_CHECKING:
     from ..dispatch.dispatcher import Dispatcher
 
 COMPRESSIONS = ("mlp", "mean")
-
-
-class Phi(nn.Module):
-    """The learned compression of Eq. 7, `[l, D] -> [D]`, shared by the heads: silu((x + position) w1 + b1) w2 + b2."""
-
-    def __init__(self, block_size: int, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.position = nn.Parameter(torch.empty(block_size, dim))  # [l, D]
-        self.w1 = nn.Parameter(torch.empty(block_size * dim, hidden))
-        self.b1 = nn.Parameter(torch.empty(hidden))
-        self.w2 = nn.Parameter(torch.empty(hidden, dim))
-        self.b2 = nn.Parameter(torch.empty(dim))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Normal weights that keep the variance, a faint position encoding, no biases."""
-        nn.init.normal_(self.position, std=0.02)
-        nn.init.normal_(self.w1, std=self.w1.shape[0] ** -0.5)
-        nn.init.normal_(self.w2, std=self.w2.shape[0] ** -0.5)
-        nn.init.zeros_(self.b1)
-        nn.init.zeros_(self.b2)
-
-    def weights(self, dtype: torch.dtype) -> PhiWeights:
-        """The weights in the dtype of the tokens that they compress; differs from their own under autocast."""
-        return PhiWeights(*(w.to(dtype) for w in (self.position, self.w1, self.b1, self.w2, self.b2)))
 
 
 class NativeSparseAttention(nn.Module):
@@ -98,7 +73,7 @@ class NativeSparseAttention(nn.Module):
         """x `[B, T, hidden]`, or packed `[T, hidden]` with int32 `cu_seqlens` `[S + 1]`; returns the shape of x."""
         self._check_input(x, cu_seqlens)
         q, gates, keys = self._project(x, token_positions(x, cu_seqlens))
-        phi_k, phi_v = self._phi(q.dtype)
+        phi_k, phi_v = (None if phi is None else phi.weights(q.dtype) for phi in (self.phi_k, self.phi_v))
         o = ops.nsa_attention(
             *(q, keys.pop("k"), keys.pop("v"), gates),
             **keys,
@@ -123,7 +98,7 @@ class NativeSparseAttention(nn.Module):
         named = tuple(range(cache.max_batch) if sequences is None else sequences)
         self._check_step(x, cache, named)
         with cache.step(x.shape[1], named) as rows:
-            q, gates = self._append(x, cache, rows)
+            q, gates = self._append(x, cache, rows, folded=False)
             now = cache.host_lengths
             lengths = [now[row] for row in named]
             how: dict[str, Any] = {"config": self.config, "dispatcher": self.dispatcher, "strict": self.strict}
@@ -144,7 +119,7 @@ class NativeSparseAttention(nn.Module):
             remedy = "Use prefill() for more."
             raise InvalidInput(f"a decode step takes up to {MAX_NEW} tokens", {"tokens": x.shape[1]}, remedy)
         with cache.step(x.shape[1]) as rows:
-            q, gates = self._append(x, cache, rows)
+            q, gates = self._append(x, cache, rows, folded=True)
             o = decode_attention(
                 *(q, gates, cache.pools, rows.table, rows.lengths),
                 config=self.config,
@@ -177,15 +152,17 @@ class NativeSparseAttention(nn.Module):
         keys = {f"k{name}": part for name, part in zip(names, k, strict=True)}
         return q, gates, keys | {f"v{name}": part for name, part in zip(names, v, strict=True)}
 
-    def _phi(self, dtype: torch.dtype) -> tuple[PhiWeights | None, PhiWeights | None]:
-        if self.phi_k is None or self.phi_v is None:
-            return None, None
-        return self.phi_k.weights(dtype), self.phi_v.weights(dtype)
+    def _append(self, x: Tensor, cache: KVCache, rows: Rows, folded: bool) -> tuple[Tensor, Tensor]:
+        """Writes the keys and values of x to the cache, at the positions that its lengths tell; q and gates.
 
-    def _append(self, x: Tensor, cache: KVCache, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Writes the keys and values of x to the cache, at the positions that its lengths tell; q and gates."""
+        `folded` weights of phi are ready for the kernels of a step; the others round as `forward` does.
+        """
         q, gates, keys = self._project(x, positions_of(rows.lengths, x.shape[1]))
-        cache.write(rows, keys, *self._phi(q.dtype), dispatcher=self.dispatcher, strict=self.strict)
+        phi_k, phi_v = (
+            None if phi is None else phi.folded(q.dtype) if folded else phi.weights(q.dtype)
+            for phi in (self.phi_k, self.phi_v)
+        )
+        cache.write(rows, keys, phi_k, phi_v, dispatcher=self.dispatcher, strict=self.strict)
         return q, gates
 
     def extra_repr(self) -> str:

@@ -15,10 +15,10 @@ from ..config import NSAConfig
 from ..dispatch.dispatcher import Dispatcher
 from ..errors import InvalidConfig, InvalidInput
 from ..ops import checks, paged_checks
-from ..ops.cache import append as append_tokens
+from ..ops.append import Phi
+from ..ops.append import append as append_tokens
 from ..ops.decode import decode_counters
 from ..paged import FP8, CachePools, Pages
-from ..reference import PhiWeights
 from .page_table import PageTable, Rows
 
 MAX_NEW = 8  # query tokens of a decode step
@@ -202,8 +202,8 @@ class KVCache:
         self,
         rows: Rows,
         keys: Mapping[str, Any],
-        phi_k: PhiWeights | None = None,
-        phi_v: PhiWeights | None = None,
+        phi_k: Phi = None,
+        phi_v: Phi = None,
         dispatcher: Dispatcher | None = None,
         strict: bool = False,
     ) -> None:
@@ -231,8 +231,8 @@ class KVCache:
         v_slc: Tensor | None = None,
         k_win: Tensor | None = None,
         v_win: Tensor | None = None,
-        phi_k: PhiWeights | None = None,
-        phi_v: PhiWeights | None = None,
+        phi_k: Phi = None,
+        phi_v: Phi = None,
         sequences: Sequence[int] | None = None,
     ) -> None:
         """Q more tokens, k `[B, Q, H, D_QK]`, v `[B, Q, H, D_V]`: a row for each sequence, or for each of `sequences`.

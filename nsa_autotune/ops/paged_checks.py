@@ -108,19 +108,6 @@ def check_values(table: Tensor, lengths: Tensor, pools: CachePools, num_new: int
                 raise InvalidInput("pages that new tokens are written to must belong to one sequence", values, remedy)
 
 
-def check_rows(name: str, x: Tensor, pages: Pages, table: Tensor) -> None:
-    """New keys or values `[B, Q, H, D]` fit their pages; any floating-point dtype goes into fp8 ones."""
-    checks.check_tensor(name, x)
-    _, _, heads, dim = pages.data.shape
-    if x.ndim != 4 or x.shape[0] != table.shape[0] or x.shape[1] < 1 or tuple(x.shape[2:]) != (heads, dim):
-        values = {"shape": tuple(x.shape), "sequences": table.shape[0]}
-        raise InvalidInput(f"{name} must be [B, Q, {heads}, {dim}], with a B for each row of the block table", values)
-    if x.device != pages.data.device or pages.data.dtype not in (x.dtype, FP8):
-        values = {name: f"{x.dtype} on {x.device}", "pages": f"{pages.data.dtype} on {pages.data.device}"}
-        remedy = "Make the cache with the dtype and device of the model."
-        raise InvalidInput(f"{name} must have the dtype of the pages, and their device", values, remedy)
-
-
 def check_counters(counters: Tensor, q: Tensor, num_heads: int) -> None:
     """counters is int32 with room for every new token and kv head."""
     need = q.shape[0] * q.shape[1] * num_heads
