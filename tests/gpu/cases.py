@@ -1,6 +1,7 @@
 """What tests/gpu runs: problems and configs, thinned from a grid that would take days. Nothing here touches a GPU.
 
-The grid of the families: head dims x group sizes x tokens x queries x dtypes x layouts x NSA constants x configs.
+The grid of the families: head dims x group sizes x tokens x queries x dtypes x layouts x NSA constants x configs;
+of a decode step new tokens, dtypes of the cache and page sizes in place of queries and layouts.
 Thinning rule: a family gets a fixed number of cases; along each axis the values are dealt out evenly and shuffled
 (seeded by family and axis), so that every family meets every value of every axis equally often, and pairs of values by
 chance. Configs are dealt likewise: a quarter of the cases run the default, a half every combination of the structural
@@ -18,7 +19,8 @@ from nsa_autotune.codegen.golden import structural_configs
 from nsa_autotune.codegen.pool import CompileJob
 from nsa_autotune.config import NSAConfig
 from nsa_autotune.kernels import all_specs
-from nsa_autotune.spec import Config, KernelSpec, Problem
+from nsa_autotune.search.presets import takes_one_tensor
+from nsa_autotune.spec import PAGE_SIZES, Config, KernelSpec, Problem
 
 DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
 GROUPS = (1, 2, 4, 5, 8, 16)
@@ -26,6 +28,9 @@ TOKENS = (1, 31, 63, 64, 1000)
 QUERIES = ("all", "all", "third", "one")
 DTYPES = ("bfloat16", "float16")
 LAYOUTS = ("batched", "packed")
+CACHED = (7, 64, 530, 1000, 2063)  # tokens of the longest sequence in a decode step
+NEW_TOKENS = (1, 2, 3, 8)
+CACHE_DTYPES = ("problem", "float8_e4m3fn")
 CONSTANTS = (
     NSAConfig(),
     NSAConfig(),
@@ -43,6 +48,7 @@ CASES_A_FAMILY = {
     "gate_sum_bwd": 10,
 }
 CASES_OF_ATTENTION = 24
+CASES_OF_PAGED = 12
 RANDOM_TRIES = 5000
 
 
@@ -60,6 +66,7 @@ class FamilyCase:
         """A readable test name."""
         p = self.problem
         sizes = f"q{p.seq_q}-k{p.seq_k}-g{p.group_size}-d{p.d_qk}_{p.d_v}-{p.dtype}-{p.layout}-n{p.nsa.num_selected}"
+        sizes += f"-{p.page_size}-{p.cache_dtype}" if p.layout == "paged" else ""
         return f"{self.family}-{sizes}-{self.kind}"
 
 
@@ -113,17 +120,56 @@ def make_problem(
     )
 
 
+def make_step(
+    spec: KernelSpec,
+    dims: tuple[int, int],
+    group: int,
+    tokens: int,
+    new_tokens: int,
+    dtype: str,
+    cache_dtype: str,
+    page_size: int,
+    nsa: NSAConfig,
+) -> Problem:
+    """A decode step of the grid; its four sequences differ in length (`bench.paged.trial_lengths`)."""
+    return Problem(
+        batch=4,
+        seq_q=new_tokens,
+        seq_k=max(tokens, new_tokens),
+        num_q_heads=2 * group,
+        num_kv_heads=2,
+        d_qk=dims[0],
+        d_v=dims[1],
+        dtype=dtype,
+        layout="paged",
+        locality=0.5,
+        nsa=nsa,
+        page_size=page_size,
+        cache_dtype=cache_dtype,
+    )
+
+
+def grid_problems(spec: KernelSpec) -> list[Problem]:
+    """Those of a family."""
+    paged = spec.layouts == ("paged",)
+    count = CASES_OF_PAGED if paged else CASES_A_FAMILY.get(spec.family[:-4], CASES_OF_ATTENTION)
+    axes: list[Sequence[Any]] = [DIMS, GROUPS, TOKENS, QUERIES, DTYPES, LAYOUTS, CONSTANTS]
+    if paged:
+        axes = [DIMS, GROUPS, CACHED, NEW_TOKENS, DTYPES, CACHE_DTYPES, PAGE_SIZES, CONSTANTS]
+    columns = [deal(axis, count, f"{spec.family} {number}") for number, axis in enumerate(axes)]
+    make = make_step if paged else make_problem
+    return [make(spec, *row) for row in zip(*columns, strict=True)]
+
+
 def family_cases() -> list[FamilyCase]:
     """About 150 cases, by the rule at the top."""
     cases = []
     for family, spec in all_specs().items():
-        count = CASES_A_FAMILY.get(family[:-4], CASES_OF_ATTENTION)
-        axes = [DIMS, GROUPS, TOKENS, QUERIES, DTYPES, LAYOUTS, CONSTANTS]
-        columns = [deal(axis, count, f"{family} {number}") for number, axis in enumerate(axes)]
-        kinds = deal(("default", "structure", "random", "structure"), count, f"{family} kinds")
+        problems = grid_problems(spec)
+        kinds = deal(("default", "structure", "random", "structure"), len(problems), f"{family} kinds")
         structure = 0
-        for number, row in enumerate(zip(*columns, strict=True)):
-            problem, kind = make_problem(spec, *row), kinds[number]
+        for number, problem in enumerate(problems):
+            kind = kinds[number]
             config = spec.default_config(problem)
             if kind == "structure":
                 choices = list(structural_configs(spec, problem))
@@ -187,8 +233,10 @@ def forward_jobs(problem: Problem) -> list[CompileJob]:
     """The default variants that a whole forward launches."""
     jobs = []
     for family, spec in all_specs().items():
+        if problem.layout not in spec.layouts:
+            continue
         parts = [problem]
-        if family.startswith(("cmp_pool", "cmp_mlp")):  # keys and values in separate launches
+        if takes_one_tensor(spec):  # keys and values in separate launches
             parts = [problem.replace(d_qk=dim, d_v=dim) for dim in {problem.d_qk, problem.d_v}]
         if problem.layout == "batched" and problem.seq_k < problem.nsa.compress_block_size and "cmp" in family:
             continue

@@ -1,4 +1,4 @@
-"""GPU tests run alone (`make test-gpu`), on one device, in about three minutes; the compilers run first, in parallel.
+"""GPU tests run alone (`make test-gpu`), on one device, in about four minutes; the compilers run first, in parallel.
 
 They are skipped without a CUDA device. Kernels are compiled by child processes before this process touches the GPU
 (forking is safe until then); the tests find the binaries in Triton's cache.
@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
 from gpu.cases import all_jobs
+from gpu.decode_cases import step_jobs
 
-from nsa_autotune.codegen.pool import CompileOutcome, compile_many
+from nsa_autotune.codegen.pool import CompileJob, CompileOutcome, compile_many
 from nsa_autotune.dispatch.dispatcher import Dispatcher
 from nsa_autotune.kernels import all_specs
 from nsa_autotune.spec import canonical_json
@@ -24,6 +25,8 @@ COMPILERS = 16
 COMPILE_TIMEOUT_S = 180.0
 GIB = 1 << 30
 ASK = "import torch; print('cuda:%d%d' % torch.cuda.get_device_capability())"
+
+DECODE_FILES = {"test_decode.py", "test_decode_module.py"}
 
 Outcomes = dict[str, CompileOutcome]
 
@@ -38,14 +41,20 @@ def job_key(family: str, problem: dict[str, object], config: dict[str, object]) 
     return canonical_json([family, problem, config])
 
 
+def needed_jobs(items: Iterable[pytest.Item]) -> list[CompileJob]:
+    """What the collected tests launch: a file of decoding by itself does not wait for everything else."""
+    files = {item.path.name for item in items}
+    return [*(all_jobs() if files - DECODE_FILES else ()), *(step_jobs() if files & DECODE_FILES else ())]
+
+
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcomes]:
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcomes]:
     """Outcomes of all compilations, by job; Triton's cache is a folder of this run."""
     patch = pytest.MonkeyPatch()
     patch.setenv("TRITON_CACHE_DIR", os.environ.get("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton"))))
     target = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, check=True).stdout.strip()
     processes = min(COMPILERS, os.cpu_count() or 1)
-    outcomes = compile_many(all_specs(), all_jobs(), target, processes, COMPILE_TIMEOUT_S)
+    outcomes = compile_many(all_specs(), needed_jobs(request.session.items), target, processes, COMPILE_TIMEOUT_S)
     yield {job_key(o.job.family, o.job.problem, o.job.config): o for o in outcomes}
     patch.undo()
 

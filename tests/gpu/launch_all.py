@@ -1,6 +1,6 @@
 """Launch every family's structural variants and every shipped winner once on small problems, for a tool that watches.
 
-`make sanitize` runs it under compute-sanitizer. A winner's problem shrinks to TOKENS and one kv head.
+`make sanitize` runs it under compute-sanitizer. A winner's problem shrinks to BATCH, TOKENS and one kv head.
 """
 
 from __future__ import annotations
@@ -21,19 +21,22 @@ from nsa_autotune.errors import InvalidConfig
 from nsa_autotune.kernels import all_specs, get_spec
 from nsa_autotune.spec import Config, KernelSpec, Problem
 
-TOKENS = 1000
+TOKENS, BATCH = 1000, 4
 WINNERS = Path(__file__).resolve().parents[2] / "tuning_db"
 PROBLEMS = (
     Problem(batch=2, seq_q=193, seq_k=193, num_q_heads=16, num_kv_heads=1, d_qk=64, d_v=64),
     Problem(batch=4, seq_q=301, seq_k=301, num_q_heads=10, num_kv_heads=2, d_qk=96, d_v=64, layout="packed"),
+    Problem(batch=4, seq_q=3, seq_k=1100, num_q_heads=10, num_kv_heads=2, d_qk=96, d_v=64, layout="paged"),
 )
+STEP = PROBLEMS[-1]
+PROBLEMS = (*PROBLEMS, STEP.replace(seq_q=1, num_q_heads=32, page_size=16, cache_dtype="float8_e4m3fn"))
 Work = tuple[KernelSpec, Problem, Config]
 
 
 def structures() -> Iterator[Work]:
-    """Every structural variant on both problems."""
+    """Every structural variant on the problems that its family serves."""
     for spec in all_specs().values():
-        for problem in PROBLEMS:
+        for problem in (p for p in PROBLEMS if p.layout in spec.layouts):
             yield from ((spec, problem, config) for config in structural_configs(spec, problem))
 
 
@@ -45,7 +48,9 @@ def winners(gpu: str) -> Iterator[Work]:
             if row.get("record") != "winner" or row["fingerprint"]["gpu"] != gpu:
                 continue
             problem = Problem.from_dict(row["problem"])
-            small = replace(problem, seq_q=TOKENS, seq_k=TOKENS, num_q_heads=problem.group_size, num_kv_heads=1)
+            queries = problem.seq_q if problem.layout == "paged" else TOKENS
+            small = replace(problem, seq_q=queries, seq_k=TOKENS, num_q_heads=problem.group_size, num_kv_heads=1)
+            small = replace(small, batch=min(small.batch, BATCH))
             key = (row["family"], problem.d_qk, problem.d_v, json.dumps(row["config"], sort_keys=True))
             if key not in seen:
                 seen.add(key)

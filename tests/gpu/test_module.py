@@ -11,24 +11,23 @@ by themselves is judged by the importance they lose.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from equations import Equations, reference_attention
+from equations import Equations
 from gpu.cases import MODULE_PROBLEMS, SELECTING_PROBLEM, problem_name
+from gpu.judging import SharedBlocks, close, equations
 from torch import Tensor
 
 from nsa_autotune import ops, reference
-from nsa_autotune.bench.compare import compare_blocks, compare_floats
+from nsa_autotune.bench.compare import compare_blocks
 from nsa_autotune.bench.inputs import packed_offsets
 from nsa_autotune.config import NSAConfig
 from nsa_autotune.dispatch.dispatcher import Dispatcher
 from nsa_autotune.layout import packed_layout
 from nsa_autotune.nn import NativeSparseAttention
-from nsa_autotune.ops import launches, serve
 from nsa_autotune.spec import Problem
 
 DEVICE = "cuda"
@@ -60,39 +59,6 @@ def cast(tensors: Tensors, problem: Problem, grad: bool = False) -> Tensors:
     return {name: t.to(getattr(torch, problem.dtype)).requires_grad_(grad) for name, t in tensors.items()}
 
 
-@contextmanager
-def equations() -> Iterator[None]:
-    """Attention is the reference on the device, under autograd, instead of kernels."""
-    with PATCH.context() as patch:
-        patch.setattr(ops, "nsa_attention", reference_attention)
-        patch.setattr(serve, "on_kernels", lambda x: False)
-        yield
-
-
-class SharedBlocks:
-    """The first forward selects, the others take its blocks over."""
-
-    def __init__(self) -> None:
-        self.blocks: Tensor | None = None
-        self.reused = 0
-
-    @contextmanager
-    def shared(self) -> Iterator[None]:
-        """Within it, nsa_attention selects here."""
-        real = launches.launch_select
-
-        def select(*args: Any, **kwargs: Any) -> Tensor:
-            if self.blocks is None:
-                self.blocks = real(*args, **kwargs)
-            else:
-                self.reused += 1
-            return self.blocks.clone()  # an operator's output is its own
-
-        with PATCH.context() as patch:
-            patch.setattr(launches, "launch_select", select)
-            yield
-
-
 def three_ways(
     run: Callable[[torch.dtype], Any], problem: Problem, blocks: SharedBlocks | None = None
 ) -> tuple[Any, Any, Any]:
@@ -105,12 +71,6 @@ def three_ways(
         ours = run(getattr(torch, problem.dtype))
     assert blocks.reused == 2
     return ours, wide, base
-
-
-def close(name: str, ours: Tensor, wide: Tensor, base: Tensor, rows: bool = True) -> None:
-    """Assert that our error is within the policy."""
-    report = compare_floats(name, ours, wide, base, has_rows=rows)
-    assert report.ok, report.reason
 
 
 @pytest.mark.parametrize("problem", MODULE_PROBLEMS, ids=problem_name)
