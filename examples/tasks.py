@@ -20,6 +20,7 @@ class Task:
 
     vocabulary: int
     batch: Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]]
+    letters: str = ""  # of a text: the token of each is its place here
 
 
 @dataclass(frozen=True)
@@ -84,15 +85,24 @@ def text_task(seq: int, file: Path | None = None) -> Task:
     text = "\n".join(path.read_text(encoding="utf-8") for path in ([file] if file else CORPUS))
     if len(text) <= seq:
         raise ValueError(f"the text has {len(text)} characters, --seq {seq} needs more; use a shorter --seq")
-    letters = {letter: index for index, letter in enumerate(sorted(set(text)))}
-    ids = torch.tensor([letters[letter] for letter in text])
+    letters = "".join(sorted(set(text)))
+    ids = to_tokens(text, letters)
 
     def batch(size: int, seq: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         starts = torch.randint(len(ids) - seq, (size, 1), generator=generator)
         pieces = ids[starts + torch.arange(seq + 1)]  # [B, T + 1]
         return pieces[:, :-1], pieces[:, 1:]
 
-    return Task(len(letters), batch)
+    return Task(len(letters), batch, letters)
+
+
+def to_tokens(text: str, letters: str) -> Tensor:
+    """Tokens of a text `[T]`; ValueError for a letter that there is no token for."""
+    place = {letter: index for index, letter in enumerate(letters)}
+    unknown = sorted(set(text) - set(place))
+    if unknown:
+        raise ValueError(f"no token for {''.join(unknown)!r}: the model knows {letters!r}")
+    return torch.tensor([place[letter] for letter in text], dtype=torch.int64)
 
 
 def _draw(rows: int, total: int, count: int, generator: torch.Generator) -> Tensor:

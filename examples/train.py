@@ -3,8 +3,8 @@
 python examples/train.py --task recall --attention nsa     # and again with --attention dense, then curves.py
 python examples/train.py --device cpu --seq 256 --steps 3 --batch 2 --hidden 64 --heads 4 --kv-heads 1 --head-dim 16
 
-The folder --out gets options.json, log.jsonl (a record every --log-every steps), result.json (on fresh data), and
-curves.png where matplotlib is installed. On a CPU the reference implementation runs.
+The folder --out gets options.json, log.jsonl (a record every --log-every steps), result.json (on fresh data), model.pt
+(for generate.py), and curves.png where matplotlib is installed. On a CPU the reference implementation runs.
 """
 
 from __future__ import annotations
@@ -227,6 +227,7 @@ def train(options: argparse.Namespace, console: Console) -> list[Record]:
             progress.update(bar, completed=record["step"], description=f"{options.task}, {options.attention}: {state}")
         result = {"seconds": round(time.perf_counter() - started, 1), **records[-1], **trainer.evaluate()}
     (options.out / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    torch.save({"weights": trainer.model.state_dict(), "letters": task.letters}, options.out / "model.pt")
     console.print(json.dumps(result))
     if options.dump_activations is not None:
         trainer.dump_activations(options.dump_activations)
