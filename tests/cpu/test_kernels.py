@@ -68,7 +68,7 @@ DEFAULT_CASES = {
 
 def small_tiles(spec: KernelSpec, problem: Problem, config: Config) -> Config:
     """The config with key tiles of 16 and short sorts, where that is legal: more loop turns, faster interpretation."""
-    for name in ("BLOCK_N", "BLOCK_J", "BLOCK_C"):
+    for name in ("BLOCK_N", "BLOCK_J", "BLOCK_C", "BLOCK_TOP"):
         for value in next((param.values for param in spec.params if param.name == name), ()):
             changed = {**config, name: value}
             if spec.broken_constraint(problem, changed) is None:
