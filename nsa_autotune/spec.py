@@ -234,7 +234,7 @@ class KernelSpec:
         """Raise InvalidProblem with the first rule that the problem breaks."""
         if problem.layout not in self.layouts:
             text = f"{self.family}: layout must be {' or '.join(self.layouts)}"
-            raise InvalidProblem(text, {"layout": problem.layout}, "Other families serve other layouts.")
+            raise InvalidProblem(text, {"layout": problem.layout}, f"Say --layout {self.layouts[0]}.")
         for rule in self.rules:
             if not rule.holds(problem):
                 names = {name: getattr(problem, name) for name in self.problem_fields}

@@ -17,7 +17,7 @@ from ..dispatch.dispatcher import Dispatcher
 from ..dispatch.fingerprint import current
 from ..errors import InvalidInput, InvalidProblem, KernelError, NSAError
 from ..kernels import all_specs
-from ..spec import Problem
+from ..spec import KernelSpec, Problem
 from .bench_entries import TARGET_MS, Bench, Entry, Work, branch_entries, dense_entries, launches, whole_entries
 from .bench_report import Rates, Report, Row, seq_text
 
@@ -98,9 +98,14 @@ def check_plan(plan: Sequence[Work]) -> None:
         if problem.layout != "batched" or problem.nsa.num_compressed(problem.seq_k) < 1:
             values = {"layout": problem.layout, "seq": problem.seq_k, "l": problem.nsa.compress_block_size}
             raise InvalidProblem("bench takes batched sequences of at least l tokens", values, "Use longer sequences.")
-        for spec in all_specs().values():
+        for spec in benched_specs():
             for part in launches(spec, problem):
                 spec.check_problem(part)
+
+
+def benched_specs() -> list[KernelSpec]:
+    """The families of a whole sequence; a decode step has a benchmark of its own."""
+    return [spec for spec in all_specs().values() if "batched" in spec.layouts]
 
 
 @contextmanager
@@ -134,7 +139,7 @@ def measure_rates(bench: Bench, dtype: str, width: int = MATRIX_WIDTH, copy_byte
 
 def measure(work: Work, bench: Bench, extras: Sequence[Extra] = ()) -> Iterator[Row]:
     """The rows of one problem: each family by itself, then whole forwards and dense attention interleaved."""
-    for spec in all_specs().values():
+    for spec in benched_specs():
         yield from time_group(branch_entries(spec, work, bench), bench)
     whole = [*whole_entries(work, bench), *dense_entries(work.problem, bench)]
     yield from time_group([*whole, *(extra(bench, work.problem) for extra in extras)], bench)

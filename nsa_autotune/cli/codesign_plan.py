@@ -136,8 +136,12 @@ def pass_specs(names: Iterable[str], compression: str, *, backward: bool) -> tup
     return tuple(
         spec
         for spec in options.choose_specs(wanted)
-        if wanted or (not spec.family.startswith(COMPRESSIONS[compression]) and (backward or "_fwd" in spec.family))
+        if wanted or ("batched" in spec.layouts and _in_pass(spec.family, compression, backward=backward))
     )
+
+
+def _in_pass(family: str, compression: str, *, backward: bool) -> bool:
+    return not family.startswith(COMPRESSIONS[compression]) and (backward or "_fwd" in family)
 
 
 def check_group_sizes(base: Problem, sizes: Iterable[int]) -> None:

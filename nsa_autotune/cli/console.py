@@ -77,6 +77,8 @@ def problem_text(problem: Mapping[str, Any], family: str) -> str:
     parts += [f"T {tokens}", f"HQ {problem['num_q_heads']}", f"H {problem['num_kv_heads']}", f"d {dims}"]
     parts += [problem["dtype"]]
     parts += [problem["layout"]] if problem["layout"] != "batched" else []
+    parts += [f"pages of {problem['page_size']}"] if problem.get("page_size", 64) != 64 else []
+    parts += ["fp8 cache"] if problem.get("cache_dtype", "problem") != "problem" else []
     from ..kernels import all_specs  # needs torch, which `--help` does not
 
     known = all_specs().get(family)

@@ -11,7 +11,7 @@ import typer
 
 from ..config import NSAConfig
 from ..errors import InvalidConfig, InvalidInput, InvalidProblem
-from ..spec import DTYPES, LAYOUTS, Config, KernelSpec, Param, Problem, Value
+from ..spec import CACHE_DTYPES, DTYPES, LAYOUTS, Config, KernelSpec, Param, Problem, Value
 
 if TYPE_CHECKING:
     from ..search.presets import Preset
@@ -44,6 +44,12 @@ PhiHiddenOption = Annotated[
     int | None, typer.Option("--phi-hidden", help="Width of the hidden layer of learned compression.")
 ]
 LayoutOption = Annotated[str | None, typer.Option("--layout", help=f"One of {', '.join(LAYOUTS)}.")]
+PageSizeOption = Annotated[
+    int | None, typer.Option("--page-size", help="Tokens a page of a paged cache, 64 if none; needs --layout paged.")
+]
+CacheDtypeOption = Annotated[
+    str | None, typer.Option("--cache-dtype", help="fp8, or problem (as --dtype); needs --layout paged.")
+]
 NsaOption = Annotated[
     list[str] | None, typer.Option("--nsa", help="A constant of NSA, such as --nsa select_block_size=32; repeatable.")
 ]
@@ -103,7 +109,9 @@ class ProblemChoice:
     layout: str | None = None
     nsa: Mapping[str, str] | None = None
     phi_hidden: int | None = None
-    seq_q: str | None = None  # queries; None is as many as keys
+    seq_q: str | None = None  # queries; None is as many as keys, or one if paged
+    page_size: int | None = None
+    cache_dtype: str | None = None
 
     def problems(self, default_preset: str) -> list[Problem]:
         """One problem for each sequence length, dtype and locality, in this order."""
@@ -111,7 +119,8 @@ class ProblemChoice:
 
         preset = get_preset(self.preset or default_preset)
         base = self._shaped(preset)
-        queries = None if self.seq_q is None else _one_length(self.seq_q)
+        usual = 1 if base.layout == "paged" else None
+        queries = usual if self.seq_q is None else _one_length(self.seq_q)
         seq_lens = parse_seq_lens(self.seq) if self.seq else preset.seq_lens
         dtypes = [_dtype(name) for name in self.dtypes] or [base.dtype]
         localities = [_locality(text) for text in self.localities] or [base.locality]
@@ -134,8 +143,15 @@ class ProblemChoice:
             "d_v": self.d_v if self.d_v is not None else self.d_qk,
             "layout": None if self.layout is None else _layout(self.layout),
             "phi_hidden": self.phi_hidden,
+            "page_size": self.page_size,
+            "cache_dtype": None if self.cache_dtype is None else _cache_dtype(self.cache_dtype),
             "nsa": _nsa(preset.problem.nsa, self.nsa) if self.nsa else None,
         }
+        if given["layout"] != "paged" and (self.page_size is not None or self.cache_dtype is not None):
+            values = {"--page-size": self.page_size, "--cache-dtype": self.cache_dtype, "--layout": self.layout}
+            raise InvalidInput(
+                "--page-size and --cache-dtype are those of a paged cache", values, "Add --layout paged."
+            )
         return preset.problem.replace(**{name: value for name, value in given.items() if value is not None})
 
 
@@ -163,6 +179,15 @@ def _layout(name: str) -> str:
     if name not in LAYOUTS:
         raise unknown_name("layout", name, LAYOUTS)
     return name
+
+
+def _cache_dtype(name: str) -> str:
+    from ..search.presets import unknown_name
+
+    full = "float8_e4m3fn" if name.lower() in ("fp8", "e4m3") else name.lower()
+    if full not in CACHE_DTYPES:
+        raise unknown_name("cache dtype", name, ("fp8", *CACHE_DTYPES))
+    return full
 
 
 def _dtype(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,8 @@ def render(
     d_v: options.DvOption = None,
     phi_hidden: options.PhiHiddenOption = None,
     layout: options.LayoutOption = None,
+    page_size: options.PageSizeOption = None,
+    cache_dtype: options.CacheDtypeOption = None,
     nsa: options.NsaOption = None,
     config: Annotated[list[str] | None, typer.Option("--config", help="A parameter, name=value; repeatable.")] = None,
     params: Annotated[bool, typer.Option("--params", help="Print the parameters and constraints instead.")] = False,
@@ -50,12 +53,18 @@ def render(
         d_qk=d_qk,
         d_v=d_v,
         layout=layout,
+        page_size=page_size,
+        cache_dtype=cache_dtype,
         nsa=options.assignments(nsa, "--nsa"),
         phi_hidden=phi_hidden,
         seq_q=seq_q,
     )
     (spec,) = options.choose_specs([family])
+    if layout is None and spec.layouts == ("paged",):
+        choice = replace(choice, layout="paged")
     problem = choice.problems(default_preset="gqa16-d128")[0]
+    if problem.layout not in spec.layouts:
+        spec.check_problem(problem)
     if params:
         _print_params(spec, problem)
     else:

@@ -40,6 +40,8 @@ def tune(
     d_v: options.DvOption = None,
     phi_hidden: options.PhiHiddenOption = None,
     layout: options.LayoutOption = None,
+    page_size: options.PageSizeOption = None,
+    cache_dtype: options.CacheDtypeOption = None,
     nsa: options.NsaOption = None,
     from_misses: Annotated[
         Path | None, typer.Option("--from-misses", help="Tune what a program missed: a file of export_misses().")
@@ -92,6 +94,8 @@ def tune(
         d_qk=d_qk,
         d_v=d_v,
         layout=layout,
+        page_size=page_size,
+        cache_dtype=cache_dtype,
         nsa=options.assignments(nsa, "--nsa"),
         phi_hidden=phi_hidden,
         seq_q=seq_q,
@@ -161,6 +165,8 @@ def plan_work(specs: Sequence[KernelSpec], problems: Iterable[Problem]) -> list[
             for part in tuning_problems(spec, problem):
                 spec.check_problem(part)
                 work.setdefault((spec.family, spec.problem_key(part, bucket=False)), (spec, part))
+        if not work:
+            specs[0].check_problem(problem)  # of another layout than all families asked for
     return list(work.values())
 
 

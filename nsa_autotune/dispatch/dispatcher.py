@@ -236,6 +236,8 @@ def tune_command(spec: KernelSpec, problem: Problem) -> str:
         parts.append(f"--batch {problem.batch}")
     if problem.layout != "batched":
         parts.append(f"--layout {problem.layout}")
+    if problem.layout == "paged":
+        parts.append(f"--page-size {problem.page_size} --cache-dtype {problem.cache_dtype}")
     usual = NSAConfig().to_dict()
     changed = {name: value for name, value in problem.nsa.to_dict().items() if value != usual[name]}
     parts += [f"--nsa {name}={value}" for name, value in changed.items()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..spec import ELEMENT_BYTES, Argument, Config, Param, Problem, ProblemRule
+from ..spec import ELEMENT_BYTES, Argument, Config, Constraint, Param, Problem, ProblemRule
 from . import _common as c
 
 MAX_NEW_TOKENS = 8
@@ -51,6 +51,17 @@ def page_arguments(name: str, rows: str, fill: str, width: str) -> tuple[Argumen
 def cache_bytes(problem: Problem) -> int:
     """Bytes of a cached element."""
     return 1 if problem.cache_dtype != "problem" else ELEMENT_BYTES[problem.dtype]
+
+
+def tiles_fit(problem: Problem, config: Config) -> bool:
+    """Lower bound of shared memory: pipelined key and value tiles, or one of them without a pipeline."""
+    size = int(config["BLOCK_N"]) * ELEMENT_BYTES[problem.dtype]
+    stages = int(config["num_stages"])
+    held = (stages - 1) * (problem.d_qk + problem.d_v) if stages > 1 else max(problem.d_qk, problem.d_v)
+    return size * held <= c.SHARED_LIMIT_BYTES
+
+
+TILES_FIT = Constraint("pipelined key and value tiles must fit in 227 KiB of shared memory", tiles_fit)
 
 
 def structure(problem: Problem, config: Config) -> dict[str, Any]:

@@ -63,11 +63,18 @@ def shape_text(problem: Problem, spec: KernelSpec | None = None) -> str:
     parts += [f"locality {problem.locality:g}"] if "locality" in fields else []
     parts += [f"phi {problem.phi_hidden}"] if "phi_hidden" in fields and problem.phi_hidden != 128 else []
     parts += ["packed"] if problem.layout == "packed" else []
+    parts += [paged_text(problem.page_size, problem.cache_dtype)] if problem.layout == "paged" else []
     usual = NSAConfig().to_dict()
     names = spec.nsa_fields if spec is not None else tuple(usual)
     constants = problem.nsa.to_dict()
     parts += [f"{SHORT_CONSTANTS.get(n, n)} {constants[n]}" for n in names if constants[n] != usual[n]]
     return ", ".join(parts)
+
+
+def paged_text(page_size: int, cache_dtype: str) -> str:
+    """What is unusual about a paged cache."""
+    parts = ["paged"] + ([f"by {page_size}"] if page_size != 64 else []) + (["fp8"] if cache_dtype != "problem" else [])
+    return " ".join(parts)
 
 
 def short_versions_text(fingerprint: Mapping[str, str]) -> str:

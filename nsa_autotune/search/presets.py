@@ -139,8 +139,10 @@ def takes_one_tensor(spec: KernelSpec) -> bool:
 def tuning_problems(spec: KernelSpec, problem: Problem) -> tuple[Problem, ...]:
     """The problems to tune so that the family serves `problem`: two for a one-tensor family when d_qk != d_v.
 
-    A family to which packing makes no difference sees one long sequence.
+    A family to which packing makes no difference sees one long sequence. None if it serves another layout.
     """
+    if problem.layout not in spec.layouts:
+        return ()
     if problem.layout == "packed" and "layout" not in spec.problem_fields:
         problem = problem.replace(layout="batched", batch=1)
     if not takes_one_tensor(spec) or problem.d_qk == problem.d_v:

@@ -265,7 +265,9 @@ def test_every_family_serves_every_preset() -> None:
     from nsa_autotune.search.presets import PRESETS
 
     for preset in PRESETS.values():
-        families = {spec.family for spec, _ in tune_command.plan_work(list(all_specs().values()), [preset.problem])}
+        families = set()
+        for problem in (preset.problem, preset.problem.replace(layout="paged", seq_q=1)):
+            families |= {spec.family for spec, _ in tune_command.plan_work(list(all_specs().values()), [problem])}
         assert families == set(all_specs())
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from problems import served
 
 from nsa_autotune.codegen import paths
 from nsa_autotune.codegen import render as render_module
@@ -45,6 +46,9 @@ PROBLEMS = {
     "d192_128_packed": PROBLEM.replace(d_qk=192, d_v=128, layout="packed", batch=3),
     "float32": PROBLEM.replace(dtype="float32"),
     "odd": PROBLEM.replace(nsa=ODD, num_q_heads=5, d_qk=112, d_v=48),
+    "paged": PROBLEM.replace(layout="paged", seq_q=2),
+    "odd_paged": PROBLEM.replace(layout="paged", seq_q=3, nsa=ODD, num_q_heads=5, d_qk=112, d_v=48, page_size=16),
+    "fp8_paged": PROBLEM.replace(layout="paged", seq_q=1, cache_dtype="float8_e4m3fn"),
     "odd_packed": PROBLEM.replace(nsa=ODD, num_q_heads=5, d_qk=112, d_v=48, layout="packed", batch=3),
 }
 
@@ -53,6 +57,8 @@ def variants() -> Iterator[tuple[str, KernelSpec, Problem, Config]]:
     """Every legal combination of the structural switches for every problem above."""
     for family, spec in all_specs().items():
         for label, problem in PROBLEMS.items():
+            if problem.layout not in spec.layouts:
+                continue
             for number, config in enumerate(structural_configs(spec, problem)):
                 yield f"{family}__{label}__{number}", spec, problem, config
 
@@ -60,6 +66,7 @@ def variants() -> Iterator[tuple[str, KernelSpec, Problem, Config]]:
 def rendered(family: str, problem: Problem = PROBLEM, **changes: Any) -> Rendered:
     """The default variant, or one with other parameters."""
     spec = get_spec(family)
+    problem = served(spec, problem)
     return render(spec, problem, {**spec.default_config(problem), **changes})
 
 
@@ -106,9 +113,10 @@ def test_the_header_tells_where_a_file_comes_from(family: str) -> None:
     lines = dict(line.split(": ", 1) for line in doc.splitlines() if ": " in line)
     assert lines["template digest"] == result.template_digest == template_digest(spec)
     assert lines["variant digest"].strip() == result.digest
-    config = spec.default_config(PROBLEM)
+    problem = served(spec, PROBLEM)
+    config = spec.default_config(problem)
     assert json.loads(lines["config"]) == config
-    constants = spec.constants(PROBLEM, config)
+    constants = spec.constants(problem, config)
     assert constants.items() <= json.loads(lines["problem"]).items()
     assert json.loads(lines["problem"])["dtype"] == "bfloat16"
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from problems import served
 from typer.testing import CliRunner
 
 from nsa_autotune.cli.app import app
@@ -158,8 +159,9 @@ def test_locality_moves_a_selected_winner_to_the_next_step() -> None:
 @pytest.mark.parametrize("family", list(all_specs()))
 def test_every_family_falls_back_to_its_default(family: str) -> None:
     spec = get_spec(family)
-    choice = dispatcher().choose(spec, PROBLEM)
-    assert choice.step is Step.DEFAULT and choice.config == spec.default_config(PROBLEM)
+    problem = served(spec, PROBLEM)
+    choice = dispatcher().choose(spec, problem)
+    assert choice.step is Step.DEFAULT and choice.config == spec.default_config(problem)
 
 
 # the dispatcher
@@ -427,7 +429,7 @@ def test_the_command_tunes_just_the_problem_that_was_served(
     family: str, problem: Problem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec, planned = get_spec(family), []
-    (problem, *_) = tuning_problems(spec, problem)  # what the operators ask for
+    (problem, *_) = tuning_problems(spec, served(spec, problem))  # what the operators ask for
 
     def execute(run: Any) -> int:
         planned.extend(run.work)

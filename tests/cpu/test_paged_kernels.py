@@ -1,0 +1,70 @@
+"""The families of a decode step: right and inside their tensors (in the interpreter), for every structure."""
+
+from __future__ import annotations
+
+import pytest
+from cpu.test_kernels import SMALL, SPECS, check, small_tiles, switches
+
+from nsa_autotune.codegen.golden import structural_configs
+from nsa_autotune.config import NSAConfig
+from nsa_autotune.spec import Problem
+
+FAMILIES = tuple(family for family, spec in SPECS.items() if spec.layouts == ("paged",))
+STEP = Problem(
+    batch=3,
+    seq_q=2,
+    seq_k=100,
+    num_q_heads=6,
+    num_kv_heads=2,
+    d_qk=32,
+    d_v=16,
+    dtype="float16",
+    layout="paged",
+    page_size=16,
+    locality=0.5,
+    nsa=SMALL,
+)
+CASES = {
+    "one_token": STEP.replace(seq_q=1),
+    "eight_tokens_g_1": STEP.replace(seq_q=8, num_q_heads=2, seq_k=70),
+    "g_16_large_pages": STEP.replace(seq_q=1, num_q_heads=16, num_kv_heads=1, page_size=256),
+    "float32_d_192": STEP.replace(dtype="float32", d_qk=192, d_v=128, num_q_heads=2, seq_k=60),
+    "fp8": STEP.replace(cache_dtype="float8_e4m3fn", page_size=64),
+    "no_overlap_odd_n": STEP.replace(
+        nsa=NSAConfig(16, 16, select_block_size=16, num_selected=5, num_local=1, window_size=16)
+    ),
+    "wide_overlap": STEP.replace(nsa=NSAConfig(32, 8, select_block_size=32, num_selected=6, window_size=33), seq_k=230),
+    "one_block": STEP.replace(
+        nsa=NSAConfig(8, 4, select_block_size=16, num_selected=1, num_initial=0, num_local=1, window_size=1)
+    ),
+    "no_compressed_row": STEP.replace(seq_k=7),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_structure_is_right(family: str) -> None:
+    spec = SPECS[family]
+    found = {switches(spec, config): config for config in structural_configs(spec, STEP)}
+    assert found
+    for config in found.values():
+        check(spec, STEP, small_tiles(spec, STEP, config))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_default_is_right_on_every_kind_of_step(family: str, case: str) -> None:
+    spec, problem = SPECS[family], CASES[case]
+    check(spec, problem, small_tiles(spec, problem, spec.default_config(problem)))
+
+
+def test_many_splits_are_joined() -> None:
+    """More splits than are joined at once, and more tiles than a split has."""
+    problem = STEP.replace(batch=1, seq_q=1, seq_k=600, nsa=NSAConfig(4, 2, 16, 4, 1, 2, 100), page_size=16)
+    spec = SPECS["cmp_decode_fwd"]
+    for finish in ("ticket", "kernel"):
+        config = {**spec.default_config(problem), "BLOCK_N": 16, "SPLIT": 64, "BLOCK_S": 4, "finish": finish}
+        check(spec, problem, config)
+    spec = SPECS["slc_win_decode_fwd"]
+    for finish in ("ticket", "kernel"):
+        config = {**spec.default_config(problem), "BLOCK_N": 16, "SLC_SPLITS": 4, "WIN_SPLITS": 8, "finish": finish}
+        check(spec, problem, config)
