@@ -8,14 +8,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import NSAConfig
     from .db import TuningDatabase
-    from .nn import NativeSparseAttention
+    from .nn import KVCache, NativeSparseAttention
     from .ops import nsa_attention
     from .ops.serve import export_misses
 
 __version__ = "0.1.0"
-__all__ = ["NSAConfig", "NativeSparseAttention", "TuningDatabase", "__version__", "export_misses", "nsa_attention"]
+__all__ = [
+    "KVCache",
+    "NSAConfig",
+    "NativeSparseAttention",
+    "TuningDatabase",
+    "__version__",
+    "export_misses",
+    "nsa_attention",
+]
 
 _OWNERS = {
+    "KVCache": ".nn",
     "NSAConfig": ".config",
     "NativeSparseAttention": ".nn",
     "TuningDatabase": ".db",

@@ -34,6 +34,10 @@ class InvalidInput(NSAError, ValueError):
     """Tensors of the wrong shape, dtype, device or layout."""
 
 
+class CacheFull(NSAError, RuntimeError):
+    """A key-value cache without a free page, or a sequence in it that has all the tokens it may have."""
+
+
 class InvalidProblem(NSAError, ValueError):
     """A problem that no kernel of a family can serve."""
 

@@ -69,8 +69,17 @@ def first_cell(config: NSAConfig) -> int:
 def read_rows(pages: Pages, table_row: Tensor, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Rows (token positions, or cells) of one sequence: `[R]` int64 to `[R, H, D]`, scaled, in `dtype` (the data's)."""
     size = pages.data.shape[1]
-    page = table_row.long()[rows // size]
-    found = pages.data[page, rows % size]
+    return rows_at(pages, table_row.long()[rows // size], rows % size, dtype)
+
+
+def stored(data: Tensor) -> Tensor:
+    """The same memory, fp8 as bytes: not every operator that moves data knows fp8 on every device."""
+    return data.view(torch.uint8) if data.dtype == FP8 else data
+
+
+def rows_at(pages: Pages, page: Tensor, row: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Rows `[..]` int64 of pages `[..]` int64: `[.., H, D]`, scaled, in `dtype` (the data's)."""
+    found = stored(pages.data)[page, row].view(pages.data.dtype)
     wanted = dtype or found.dtype
     if pages.scale is None:
         return found.to(wanted)
@@ -132,7 +141,7 @@ def select_decode(scores: Tensor, lengths: Tensor, config: NSAConfig) -> Tensor:
     """Eq. 11-12 for the importance of the last Q tokens: int32 `[B, Q, H, n]`, ascending, then -1."""
     positions = positions_of(lengths, scores.shape[1]).flatten()
     chosen = reference.select_from_importance(scores.flatten(0, 1), config, positions)
-    return chosen.reshape(*scores.shape[:3], -1)
+    return chosen.reshape(*scores.shape[:3], config.num_selected)
 
 
 def selected_window_decode(

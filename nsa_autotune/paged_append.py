@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import reference
 from .config import NSAConfig
-from .paged import FP8_MAX, Pages, first_cell, positions_of, power_of_two_scale
+from .paged import FP8_MAX, Pages, first_cell, positions_of, power_of_two_scale, rows_at, stored
 from .reference import PhiWeights
 
 
@@ -44,20 +44,12 @@ def write_compressed(
     sequence, new = complete.nonzero(as_tuple=True)  # [N]
     row = behind_first[sequence, new] // config.compress_stride
     tokens = row[:, None] * config.compress_stride + torch.arange(config.compress_block_size, device=row.device)
-    x = _read(raw, table[sequence], tokens, None if phi is None else phi.w1.dtype)  # [N, l, H, D]
+    page = table[sequence].long().gather(1, tokens // raw.data.shape[1])
+    mean_dtype = raw.data.dtype if raw.scale is None else torch.float32
+    x = rows_at(raw, page, tokens % raw.data.shape[1], mean_dtype if phi is None else phi.w1.dtype)  # [N, l, H, D]
     out = reference.compress_mean(x, config) if phi is None else reference.compress_mlp(x, phi, config)
     start = first_cell(config)
     _write_rows(compressed, table[sequence], row[:, None] + start, out, start)
-
-
-def _read(pages: Pages, tables: Tensor, rows: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Rows `[N, R]` of sequences with tables `[N, MP]`: `[N, R, H, D]`, in float32 if fp8 and no dtype is given."""
-    size = pages.data.shape[1]
-    page = tables.long().gather(1, rows // size)
-    found = pages.data[page, rows % size]
-    if pages.scale is not None:
-        found = found.float() * pages.scale[page][..., None]
-    return found if dtype is None else found.to(dtype)
 
 
 def _write_rows(pages: Pages, table: Tensor, rows: Tensor, x: Tensor, start: int) -> None:
@@ -73,7 +65,7 @@ def _write_rows(pages: Pages, table: Tensor, rows: Tensor, x: Tensor, start: int
         opens = (row_in_page == 0) | (row == start)
         scale = _raise_scales(pages, pages.scale, page, row_in_page, opens, new)
         new = (new.float() / scale[..., None]).clamp(-FP8_MAX, FP8_MAX)  # of inf; torch's own answer to it has changed
-    pages.data[page, row_in_page] = new.to(pages.data.dtype)
+    stored(pages.data)[page, row_in_page] = stored(new.to(pages.data.dtype))
 
 
 def _raise_scales(pages: Pages, scale: Tensor, page: Tensor, row: Tensor, opens: Tensor, new: Tensor) -> Tensor:
@@ -91,10 +83,9 @@ def _raise_scales(pages: Pages, scale: Tensor, page: Tensor, row: Tensor, opens:
     old = torch.where(fresh[:, None], needed, scale[touched])
     raised = torch.maximum(old, needed)
     held = torch.arange(pages.data.shape[1], device=page.device) < first[:, None]  # [U, ROWS]
-    data = pages.data[touched]
-    moved = (data.float() * (old / raised)[:, None, :, None]).to(data.dtype)
-    kept = torch.where(held[..., None, None], moved.view(torch.uint8), data.view(torch.uint8))
-    pages.data[touched] = kept.view(data.dtype)
+    before = stored(pages.data)[touched]
+    moved = (before.view(pages.data.dtype).float() * (old / raised)[:, None, :, None]).to(pages.data.dtype)
+    stored(pages.data)[touched] = torch.where(held[..., None, None], stored(moved), before)
     scale[touched] = raised
     return raised[which]
 

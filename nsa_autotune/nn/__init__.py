@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
-from .attention import NativeSparseAttention, Phi
+from .attention import NativeSparseAttention
+from .cache import KVCache
+from .phi import Phi
 
-__all__ = ["NativeSparseAttention", "Phi"]
+__all__ = ["KVCache", "NativeSparseAttention", "Phi"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,37 +12,17 @@ from .. import ops
 from ..config import NSAConfig
 from ..errors import InvalidConfig, InvalidInput
 from ..ops.checks import check_cu_seqlens
-from ..reference import PhiWeights
+from ..ops.decode import decode_attention
+from ..ops.prefill import prefill_attention
+from ..paged import positions_of
+from .cache import MAX_NEW, KVCache
+from .page_table import Rows
+from .phi import Phi
 
 if TYPE_CHECKING:
     from ..dispatch.dispatcher import Dispatcher
 
 COMPRESSIONS = ("mlp", "mean")
-
-
-class Phi(nn.Module):
-    """The learned compression of Eq. 7, `[l, D] -> [D]`, shared by the heads: silu((x + position) w1 + b1) w2 + b2."""
-
-    def __init__(self, block_size: int, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.position = nn.Parameter(torch.empty(block_size, dim))  # [l, D]
-        self.w1 = nn.Parameter(torch.empty(block_size * dim, hidden))
-        self.b1 = nn.Parameter(torch.empty(hidden))
-        self.w2 = nn.Parameter(torch.empty(hidden, dim))
-        self.b2 = nn.Parameter(torch.empty(dim))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Normal weights that keep the variance, a faint position encoding, no biases."""
-        nn.init.normal_(self.position, std=0.02)
-        nn.init.normal_(self.w1, std=self.w1.shape[0] ** -0.5)
-        nn.init.normal_(self.w2, std=self.w2.shape[0] ** -0.5)
-        nn.init.zeros_(self.b1)
-        nn.init.zeros_(self.b2)
-
-    def weights(self, dtype: torch.dtype) -> PhiWeights:
-        """The weights in the dtype of the tokens that they compress; differs from their own under autocast."""
-        return PhiWeights(*(w.to(dtype) for w in (self.position, self.w1, self.b1, self.w2, self.b2)))
 
 
 class NativeSparseAttention(nn.Module):
@@ -91,26 +72,14 @@ class NativeSparseAttention(nn.Module):
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """x `[B, T, hidden]`, or packed `[T, hidden]` with int32 `cu_seqlens` `[S + 1]`; returns the shape of x."""
         self._check_input(x, cu_seqlens)
-        q = self.q_proj(x).unflatten(-1, (self.num_q_heads, self.d_qk))
-        k = {b: proj(x).unflatten(-1, (self.num_kv_heads, self.d_qk)) for b, proj in self.k_proj.items()}
-        v = {b: proj(x).unflatten(-1, (self.num_kv_heads, self.d_v)) for b, proj in self.v_proj.items()}
-        if self.rope_theta is not None:
-            cos, sin = rotary_angles(token_positions(x, cu_seqlens), self.d_qk, self.rope_theta, x.dtype)
-            together = rotate(torch.stack(list(k.values())), cos, sin)  # one chain of small operators for all branches
-            q, k = rotate(q, cos, sin), dict(zip(k, together.unbind(), strict=True))
-        gates = self.gate_proj(x).sigmoid().unflatten(-1, (self.num_q_heads, 3))  # cmp, slc, win
+        q, gates, keys = self._project(x, token_positions(x, cu_seqlens))
+        phi_k, phi_v = (None if phi is None else phi.weights(q.dtype) for phi in (self.phi_k, self.phi_v))
         o = ops.nsa_attention(
-            q,
-            k["cmp"],
-            v["cmp"],
-            gates,
+            *(q, keys.pop("k"), keys.pop("v"), gates),
+            **keys,
             config=self.config,
-            k_slc=k.get("slc"),
-            v_slc=v.get("slc"),
-            k_win=k.get("win"),
-            v_win=v.get("win"),
-            phi_k=None if self.phi_k is None else self.phi_k.weights(q.dtype),
-            phi_v=None if self.phi_v is None else self.phi_v.weights(q.dtype),
+            phi_k=phi_k,
+            phi_v=phi_v,
             cu_seqlens=cu_seqlens,
             dispatcher=self.dispatcher,
             strict=self.strict,
@@ -118,6 +87,83 @@ class NativeSparseAttention(nn.Module):
         )
         out: Tensor = self.out_proj(o.flatten(-2))
         return out
+
+    @torch.no_grad()
+    def prefill(self, x: Tensor, cache: KVCache, sequences: Sequence[int] | None = None) -> Tensor:
+        """Appends the tokens x `[B, T, hidden]` and attends; T may be a whole prompt or the next chunk of one.
+
+        Rows of x belong to `sequences`, by default to all of the cache. Returns the shape of x; raises CacheFull or
+        InvalidInput, and then the cache is as it was.
+        """
+        named = tuple(range(cache.max_batch) if sequences is None else sequences)
+        self._check_step(x, cache, named)
+        with cache.step(x.shape[1], named) as rows:
+            q, gates = self._append(x, cache, rows, folded=False)
+            now = cache.host_lengths
+            lengths = [now[row] for row in named]
+            how: dict[str, Any] = {"config": self.config, "dispatcher": self.dispatcher, "strict": self.strict}
+            o = prefill_attention(q, gates, cache.pools, rows.table, lengths, **how)
+            out: Tensor = self.out_proj(o.flatten(-2))
+        return out
+
+    @torch.no_grad()
+    def decode_step(self, x: Tensor, cache: KVCache) -> Tensor:
+        """Appends 1 to 8 tokens x `[B, Q, hidden]` to the sequences of the cache and attends; returns the shape of x.
+
+        Rows of sequences that were freed are not read, and what is returned for them means nothing. A CUDA graph can
+        hold it: `cache.reserve` before, `cache.advance` before each replay. Raises CacheFull or InvalidInput, and then
+        the cache is as it was.
+        """
+        self._check_step(x, cache, range(cache.max_batch))
+        if x.shape[1] > MAX_NEW:
+            remedy = "Use prefill() for more."
+            raise InvalidInput(f"a decode step takes up to {MAX_NEW} tokens", {"tokens": x.shape[1]}, remedy)
+        with cache.step(x.shape[1]) as rows:
+            q, gates = self._append(x, cache, rows, folded=True)
+            o = decode_attention(
+                *(q, gates, cache.pools, rows.table, rows.lengths),
+                config=self.config,
+                counters=cache.counters,
+                max_length=rows.max_length,
+                dispatcher=self.dispatcher,
+                strict=self.strict,
+                debug=cache.debug,
+            )
+            out: Tensor = self.out_proj(o.flatten(-2))
+        return out
+
+    def cache_sizes(self) -> dict[str, Any]:
+        """What `KVCache.paged` and `contiguous` must know of the module; `dtype` may be replaced by float8_e4m3fn."""
+        weight = self.q_proj.weight
+        sizes = {"num_kv_heads": self.num_kv_heads, "d_qk": self.d_qk, "d_v": self.d_v, "config": self.config}
+        return {**sizes, "share_kv": self.share_kv, "dtype": weight.dtype, "device": weight.device}
+
+    def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Queries, gates (cmp, slc, win), and k, v, k_slc, v_slc, k_win, v_win as far as they are kept apart."""
+        q = self.q_proj(x).unflatten(-1, (self.num_q_heads, self.d_qk))
+        k = [proj(x).unflatten(-1, (self.num_kv_heads, self.d_qk)) for proj in self.k_proj.values()]
+        v = [proj(x).unflatten(-1, (self.num_kv_heads, self.d_v)) for proj in self.v_proj.values()]
+        if self.rope_theta is not None:
+            cos, sin = rotary_angles(positions, self.d_qk, self.rope_theta, x.dtype)
+            # one chain of small operators for all branches
+            q, k = rotate(q, cos, sin), list(rotate(torch.stack(k), cos, sin).unbind())
+        gates = self.gate_proj(x).sigmoid().unflatten(-1, (self.num_q_heads, 3))
+        names = ("", "_slc", "_win")[: len(k)]
+        keys = {f"k{name}": part for name, part in zip(names, k, strict=True)}
+        return q, gates, keys | {f"v{name}": part for name, part in zip(names, v, strict=True)}
+
+    def _append(self, x: Tensor, cache: KVCache, rows: Rows, folded: bool) -> tuple[Tensor, Tensor]:
+        """Writes the keys and values of x to the cache, at the positions that its lengths tell; q and gates.
+
+        `folded` weights of phi are ready for the kernels of a step; the others round as `forward` does.
+        """
+        q, gates, keys = self._project(x, positions_of(rows.lengths, x.shape[1]))
+        phi_k, phi_v = (
+            None if phi is None else phi.folded(q.dtype) if folded else phi.weights(q.dtype)
+            for phi in (self.phi_k, self.phi_v)
+        )
+        cache.write(rows, keys, phi_k, phi_v, dispatcher=self.dispatcher, strict=self.strict)
+        return q, gates
 
     def extra_repr(self) -> str:
         """What the projections do not show."""
@@ -142,6 +188,15 @@ class NativeSparseAttention(nn.Module):
         if self.rope_theta is not None and (self.d_qk % 2 or not self.rope_theta > 0):
             values = {"d_qk": self.d_qk, "rope_theta": self.rope_theta}
             raise InvalidConfig("rotary needs an even d_qk and a positive theta", values, "Or pass rope_theta=None.")
+
+    def _check_step(self, x: Tensor, cache: KVCache, sequences: Sequence[int]) -> None:
+        self._check_input(x, None)
+        if x.shape[0] != len(sequences):
+            values = {"shape": tuple(x.shape), "sequences": len(sequences)}
+            raise InvalidInput("x must have a row for each sequence of the cache", values, "Or name the sequences.")
+        if cache.config != self.config:
+            values = {"module": str(self.config), "cache": str(cache.config)}
+            raise InvalidInput("the cache must be made for the module's NSA constants", values, "Use cache_sizes().")
 
     def _check_input(self, x: Tensor, cu_seqlens: Tensor | None) -> None:
         if not isinstance(x, Tensor):
@@ -183,10 +238,10 @@ def token_positions(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def rotary_angles(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * theta^(-2i/dim), `[T, 1, dim / 2]` in float32, or float64 for float64."""
+    """cos and sin of position * theta^(-2i/dim), `[.., T, 1, dim / 2]` in float32, or float64 for float64."""
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     rates = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=exact) / dim)
-    angles = positions[:, None, None].to(exact) * rates
+    angles = positions[..., None, None].to(exact) * rates
     return angles.cos(), angles.sin()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,9 @@ def check_pools(pools: CachePools, q: Tensor, config: NSAConfig) -> None:
         if k.data.dtype != pools.k_raw.data.dtype or v.data.dtype != pools.k_raw.data.dtype:
             dtypes = {"k_raw": str(pools.k_raw.data.dtype), branch: f"{k.data.dtype}, {v.data.dtype}"}
             raise InvalidInput("all pools must be of one dtype", dtypes)
+        if v.data.shape[3] != pools.v_raw.data.shape[3]:
+            values = {"v_raw": tuple(pools.v_raw.data.shape), f"v_{branch}": tuple(v.data.shape)}
+            raise InvalidInput("the values of all branches must have one head dim", values)
         if k.data.shape[3] != q.shape[3]:
             values = {"q": tuple(q.shape), f"k_{branch}": tuple(k.data.shape)}
             raise InvalidInput(f"k_{branch} must have the head dim of q", values, "Only v may have its own.")
@@ -78,27 +83,29 @@ def check_table(table: Tensor, lengths: Tensor, q: Tensor) -> None:
 
 
 def check_values(table: Tensor, lengths: Tensor, pools: CachePools, num_new: int, max_length: int) -> None:
-    """What the kernels trust: lengths within bounds, pages that exist, and new tokens in pages of their own.
+    """What the kernels trust: lengths within bounds, pages that exist, and new tokens in pages that nobody else names.
 
     Reads the device's values, so it waits for them.
     """
     size, pages = pools.page_size, pools.k_raw.data.shape[0]
     capacity = min(max_length, table.shape[1] * size)
-    owners: dict[int, int] = {}
+    used: list[list[int]] = []
     for index, (length, row) in enumerate(zip(lengths.tolist(), table.tolist(), strict=True)):
         if not 0 <= length <= capacity:
             values = {"sequence": index, "length": length, "capacity": capacity}
             raise InvalidInput("a length must lie between 0 and the capacity", values, "Reserve more pages.")
-        used = row[: -(-length // size)]
-        wrong = [page for page in used if not 0 <= page < pages]
+        used.append(row[: -(-length // size)])
+        wrong = [page for page in used[index] if not 0 <= page < pages]
         if wrong:
             values = {"sequence": index, "page": wrong[0], "pages": pages}
             raise InvalidInput("block_table must name pages that exist", values, "Unused entries may hold anything.")
-        for page in used[max(0, length - num_new) // size :]:
-            if page in owners or used.count(page) > 1:
-                values = {"page": page, "sequences": (owners.get(page, index), index)}
-                raise InvalidInput("pages that new tokens are written to must belong to one sequence", values)
-            owners[page] = index
+    holders = Counter(page for mine in used for page in mine)
+    for index, length in enumerate(lengths.tolist()):
+        for page in used[index][max(0, length - num_new) // size :]:
+            if holders[page] > 1:
+                values = {"page": page, "sequences": [other for other, mine in enumerate(used) if page in mine]}
+                remedy = "Copy a shared page before a sequence writes to it."
+                raise InvalidInput("pages that new tokens are written to must belong to one sequence", values, remedy)
 
 
 def check_counters(counters: Tensor, q: Tensor, num_heads: int) -> None:

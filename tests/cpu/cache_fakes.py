@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nsa_autotune.config import NSAConfig
-from nsa_autotune.paged import FP8, Pages, first_cell, read_rows
+from nsa_autotune.paged import FP8, CachePools, Pages, first_cell, read_rows
 
 E4M3_NAN = 0x7F
 
@@ -59,3 +59,13 @@ def rows_and_scales(pages: Pages, table_row: Tensor, rows: Tensor) -> tuple[Tens
 def used_cells(length: int, config: NSAConfig) -> Tensor:
     """Cells of the compressed rows that `length` tokens complete."""
     return torch.arange(config.num_compressed(length)) + first_cell(config)
+
+
+def fill_with_nan(pools: CachePools) -> None:
+    """What a fresh cache may hold; whoever reads a row that nobody wrote gives NaN."""
+    for pages in pools.distinct():
+        if pages.scale is None:
+            pages.data.fill_(math.nan)
+        else:
+            pages.data.view(torch.uint8).fill_(E4M3_NAN)
+            pages.scale.fill_(math.nan)
