@@ -235,7 +235,7 @@ def cells_before(problem: Problem, raw: Pages, table: Tensor, lengths: Tensor, p
             where = (table[index : index + 1], before[index : index + 1])
             write_compressed(raw, cells, *where, length, problem.nsa, phi)
     if cells.scale is not None:  # as if the rows before had been smaller: the new ones make the scale grow
-        cells.scale.mul_(2.0**-4)
+        cells.scale.mul_(2.0**-4).nan_to_num_(2.0**30)  # that of a page which is used for the second time
     return cells
 
 
@@ -261,7 +261,7 @@ def lengths_that_complete(problem: Problem) -> list[int]:
     length, stride = problem.nsa.compress_block_size, problem.nsa.compress_stride
     size = problem.page_size
     near = [length - 1, length, length + 1, length + stride, size, size + stride - 1, size + stride, size + stride + 1]
-    return [*near, 0, 1, problem.seq_k, problem.seq_k + 1, 2 * size + problem.seq_q // 2]
+    return [*near, 0, 1, problem.seq_k, problem.seq_k + 1, 2 * size + problem.seq_q // 2, problem.seq_k + stride]
 
 
 @pytest.mark.parametrize(
