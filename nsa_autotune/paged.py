@@ -72,9 +72,14 @@ def read_rows(pages: Pages, table_row: Tensor, rows: Tensor, dtype: torch.dtype 
     return rows_at(pages, table_row.long()[rows // size], rows % size, dtype)
 
 
+def stored(data: Tensor) -> Tensor:
+    """The same memory, fp8 as bytes: not every operator that moves data knows fp8 on every device."""
+    return data.view(torch.uint8) if data.dtype == FP8 else data
+
+
 def rows_at(pages: Pages, page: Tensor, row: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Rows `[..]` int64 of pages `[..]` int64: `[.., H, D]`, scaled, in `dtype` (the data's)."""
-    found = pages.data[page, row]
+    found = stored(pages.data)[page, row].view(pages.data.dtype)
     wanted = dtype or found.dtype
     if pages.scale is None:
         return found.to(wanted)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import reference
 from .config import NSAConfig
-from .paged import FP8_MAX, Pages, first_cell, positions_of, power_of_two_scale, rows_at
+from .paged import FP8_MAX, Pages, first_cell, positions_of, power_of_two_scale, rows_at, stored
 from .reference import PhiWeights
 
 
@@ -65,7 +65,7 @@ def _write_rows(pages: Pages, table: Tensor, rows: Tensor, x: Tensor, start: int
         opens = (row_in_page == 0) | (row == start)
         scale = _raise_scales(pages, pages.scale, page, row_in_page, opens, new)
         new = (new.float() / scale[..., None]).clamp(-FP8_MAX, FP8_MAX)  # of inf; torch's own answer to it has changed
-    pages.data[page, row_in_page] = new.to(pages.data.dtype)
+    stored(pages.data)[page, row_in_page] = stored(new.to(pages.data.dtype))
 
 
 def _raise_scales(pages: Pages, scale: Tensor, page: Tensor, row: Tensor, opens: Tensor, new: Tensor) -> Tensor:
@@ -83,10 +83,9 @@ def _raise_scales(pages: Pages, scale: Tensor, page: Tensor, row: Tensor, opens:
     old = torch.where(fresh[:, None], needed, scale[touched])
     raised = torch.maximum(old, needed)
     held = torch.arange(pages.data.shape[1], device=page.device) < first[:, None]  # [U, ROWS]
-    data = pages.data[touched]
-    moved = (data.float() * (old / raised)[:, None, :, None]).to(data.dtype)
-    kept = torch.where(held[..., None, None], moved.view(torch.uint8), data.view(torch.uint8))
-    pages.data[touched] = kept.view(data.dtype)
+    before = stored(pages.data)[touched]
+    moved = (before.view(pages.data.dtype).float() * (old / raised)[:, None, :, None]).to(pages.data.dtype)
+    stored(pages.data)[touched] = torch.where(held[..., None, None], stored(moved), before)
     scale[touched] = raised
     return raised[which]
 

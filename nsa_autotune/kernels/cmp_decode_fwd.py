@@ -26,6 +26,7 @@ def constants(problem: Problem, config: Config) -> dict[str, Value]:
         "SPLIT": config["SPLIT"],
         "BLOCK_S": config["BLOCK_S"],
         "BLOCK_J": config["BLOCK_J"],
+        "BLOCK_TOP": config["BLOCK_TOP"],
         "BLOCK_D": g.block_d(problem, rows(problem), int(config["BLOCK_S"])),
         "CELLS": problem.page_size // nsa.compress_stride,
         "FIRST_CELL": paged.first_cell(nsa),
@@ -56,7 +57,8 @@ def defaults(problem: Problem) -> Config:
         "BLOCK_N": block_n,
         "SPLIT": max(256, block_n),
         "BLOCK_S": 4 if rows(problem) > 64 else 8,
-        "BLOCK_J": max(128, c.next_power_of_2(problem.nsa.num_selected)),
+        "BLOCK_J": 64 if rows(problem) > 64 else 128,
+        "BLOCK_TOP": min(1024, max(128, c.next_power_of_2(problem.nsa.num_select_blocks(problem.seq_k)))),
         "finish": "ticket",
         "num_warps": 4,
         "num_stages": 2 if pipelined else 1,
@@ -99,7 +101,7 @@ def _scores_fit(problem: Problem, config: Config) -> bool:
 
 
 def _candidates_fit(problem: Problem, config: Config) -> bool:
-    """Masses of all heads of one step of the top-n."""
+    """Masses of all heads of BLOCK_J blocks."""
     values = c.block_g(problem, {"BLOCK_T": c.next_power_of_2(problem.seq_q)}) * int(config["BLOCK_J"])
     return values / (32 * int(config["num_warps"])) <= c.MAX_THREAD_REGISTERS // 2
 
@@ -140,7 +142,8 @@ SPEC = KernelSpec(
         Param("BLOCK_N", (16, 32, 64, 128), "compressed rows a tile", reserve=(256,)),
         Param("SPLIT", (64, 128, 256, 512, 1024), "compressed rows a program", reserve=(32, 2048)),
         Param("BLOCK_S", (4, 8, 16), "splits joined at once", reserve=(2, 32)),
-        Param("BLOCK_J", (32, 64, 128, 256), "selection blocks a step of the top-n", reserve=(512,)),
+        Param("BLOCK_J", (32, 64, 128, 256), "selection blocks whose importance is added up at once", reserve=(512,)),
+        Param("BLOCK_TOP", (32, 128, 256, 512, 1024, 2048), "selection blocks a step of the top-n", reserve=(4096,)),
         g.FINISH,
         c.NUM_WARPS,
         c.NUM_STAGES,
@@ -152,11 +155,11 @@ SPEC = KernelSpec(
             lambda p, x: int(x["BLOCK_N"]) % ratio(p) == 0,
         ),
         Constraint(
-            "BLOCK_J must hold num_selected (n) candidates",
-            lambda p, x: int(x["BLOCK_J"]) >= c.next_power_of_2(p.nsa.num_selected),
+            "BLOCK_TOP must hold num_selected (n) candidates",
+            lambda p, x: int(x["BLOCK_TOP"]) >= c.next_power_of_2(p.nsa.num_selected),
         ),
         Constraint("accumulators and scores must fit in 240 registers a thread", _scores_fit),
-        Constraint("masses of one step of the top-n must fit in 120 registers a thread", _candidates_fit),
+        Constraint("masses that are added up at once must fit in 120 registers a thread", _candidates_fit),
         g.TILES_FIT,
     ),
     rules=(

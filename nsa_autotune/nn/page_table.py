@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import CacheFull, InvalidConfig, InvalidInput
 from ..ops.decode import length_bound
-from ..paged import CachePools
+from ..paged import CachePools, stored
 from ..spec import PAGE_SIZES
 from .pages import Changes, PageBook
 
@@ -232,7 +232,7 @@ class PageTable:
         if changes.copies:
             source, target = _to_device(list(zip(*changes.copies, strict=True)), self.table)
             for pages in (pages for pools in self._layers for pages in pools.distinct()):
-                pages.data[target] = pages.data[source]
+                stored(pages.data)[target] = stored(pages.data)[source]
                 if pages.scale is not None:
                     pages.scale[target] = pages.scale[source]
         if changes.entries:

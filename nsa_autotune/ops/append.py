@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -177,6 +177,9 @@ def _check_phi(phi_k: Phi, phi_v: Phi, news: News, config: NSAConfig) -> None:
         found = {part: tuple(getattr(phi, part).shape) for part in want}
         if found != want:
             raise InvalidInput(f"the weights of {name} must fit l, D and the hidden width", found, f"Here: {want}.")
+    if phi_k is not None and phi_v is not None and phi_k.w1.shape[1] != phi_v.w1.shape[1]:
+        widths = {"phi_k": phi_k.w1.shape[1], "phi_v": phi_v.w1.shape[1]}
+        raise InvalidInput("phi_k and phi_v must have hidden layers of one width", widths)
 
 
 def _on_kernels(step: _Step, news: News, phi_k: Phi, phi_v: Phi) -> None:
@@ -191,12 +194,13 @@ def _on_kernels(step: _Step, news: News, phi_k: Phi, phi_v: Phi) -> None:
         step.launch(family, k, tensors, v.shape[3])
     if phi_k is None or phi_v is None:
         return
-    k, v = news["raw"]
-    for phi, x, raw, cells in ((phi_k, k, pools.k_raw, pools.k_cmp), (phi_v, v, pools.v_raw, pools.v_cmp)):
+    made: dict[str, Any] = {**pages("k", pools.k_raw), **pages("v", pools.v_raw)}
+    made |= {**pages("k_cmp", pools.k_cmp), **pages("v_cmp", pools.v_cmp)}
+    for side, phi in (("k", phi_k), ("v", phi_v)):
         folded = fold(phi) if isinstance(phi, PhiWeights) else phi
-        weights = {"w1": folded.w1, "b1": folded.b1, "w2": folded.w2, "b2": folded.b2}
-        made: dict[str, Any] = {**pages("x", raw), **pages("x_cmp", cells), **weights, "num_new": x.shape[1]}
-        step.launch("cmp_mlp_append_fwd", x, made, x.shape[3], folded.w1.shape[1])
+        made |= {f"{side}_{part.name}": getattr(folded, part.name) for part in fields(FoldedPhi)}
+    k, v = news["raw"]
+    step.launch("cmp_mlp_append_fwd", k, {**made, "num_new": k.shape[1]}, v.shape[3], phi_k.w1.shape[1])
 
 
 def _by_equations(step: _Step, news: News, phi_k: Phi, phi_v: Phi) -> None:

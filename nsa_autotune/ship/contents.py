@@ -23,7 +23,8 @@ from .choice import Chosen, Kernel
 
 PACKAGE = Path(__file__).resolve().parents[1]
 PROVENANCE = "PROVENANCE.json"
-MODULES = ("errors", "config", "layout", "dense", "reference", "gradients", "spec")  # of the runtime
+PAGED = ("paged", "paged_append")
+MODULES = ("errors", "config", "layout", "dense", "reference", *PAGED, "gradients", "spec")  # of the runtime
 NOT_COPIED = ("dispatch/sources.py",)  # the package has its own
 CODEGEN = ("codegen/__init__.py", "codegen/files.py", "codegen/shapes.py")  # what the runtime needs of codegen
 

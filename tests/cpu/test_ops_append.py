@@ -57,10 +57,9 @@ def empty_pools(batch: int, dtype: torch.dtype, *, share: bool = True) -> CacheP
     return CachePools(**made)
 
 
-def phi_of(dim: int, seed: int) -> PhiWeights:
+def phi_of(dim: int, seed: int, hidden: int = 16) -> PhiWeights:
     """Random weights, position encoding and biases included."""
-    generator = torch.Generator().manual_seed(seed)
-    length, hidden = CONFIG.compress_block_size, 16
+    generator, length = torch.Generator().manual_seed(seed), CONFIG.compress_block_size
     sizes = {
         "position": (length, dim),
         "w1": (length * dim, hidden),
@@ -129,7 +128,7 @@ def test_every_branch_gets_its_tokens_and_phi_makes_the_rows(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     families = grow(monkeypatch, dtype, [[5, 5]] * 4, share=False, phi=True)
-    assert families == [*["kv_append_fwd"] * 3, *["cmp_mlp_append_fwd"] * 2] * 4
+    assert families == [*["kv_append_fwd"] * 3, "cmp_mlp_append_fwd"] * 4
 
 
 def test_many_tokens_at_once_are_written_by_the_equations(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +181,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written() -> None:
         ("of torch.float16 or", lambda: step(k=k.half(), v=v.half())),
         ("phi_k and phi_v come together", lambda: step(phi_k=phi_k)),
         ("the weights of phi_v must fit", lambda: step(phi_k=phi_k, phi_v=phi_k)),
+        ("hidden layers of one width", lambda: step(phi_k=phi_k, phi_v=phi_of(D_V, 2, 32))),
         ("block_table must be int32", lambda: step(table=table.long())),
         ("lengths must be int32", lambda: step(lengths=lengths[:1])),
         ("between 0 and the capacity", lambda: step(lengths=int32([3, 1000]))),

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from cpu.recorded_fakes import A100, H100, invented_records, some_configs
+from problems import served
 
 from nsa_autotune.db.records import TrialRecord
 from nsa_autotune.db.store import TuningStore
@@ -140,7 +141,7 @@ def test_every_family_can_be_corrected(family: str) -> None:
     spec = get_spec(family)
     records = []
     for tokens in (4096, 8192):
-        problem = Problem(seq_q=tokens, seq_k=tokens)
+        problem = served(spec, Problem(seq_q=tokens, seq_k=tokens))
         slow = invented_records(family, problem, 40, fail_share=0.0, time_us=lambda config: 5.0 * config["num_warps"])
         records += slow
     correction = fit(spec, records)

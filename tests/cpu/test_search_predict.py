@@ -20,6 +20,7 @@ from cpu.search_fakes import (
     timed,
     trials,
 )
+from problems import served
 
 from nsa_autotune.bench.result import TrialResult
 from nsa_autotune.codegen.compile import Resources
@@ -190,7 +191,7 @@ def test_what_does_not_fit_has_no_time() -> None:
 
 def test_every_family_has_a_finite_time_on_every_gpu() -> None:
     for spec in all_specs().values():
-        problem = Problem()
+        problem = served(spec, Problem())
         small = replace(FITS, shared_bytes=8_192, num_warps=2)
         for target in GPU_MODELS:
             time_us = predict_us(spec.cost(problem, spec.default_config(problem)), small, gpu_model(target))
@@ -393,7 +394,7 @@ def test_all_structural_values_of_all_families_are_planned(family: str) -> None:
     seen = {(name, value) for _, config in checks for name, value in config.items()}
     assert seen >= {(param.name, value) for param in spec.params if param.structural for value in param.values}
     assert {problem.dtype for problem, _ in checks} <= {"float16", "float32"}
-    assert len({problem.layout for problem, _ in checks}) == 2
+    assert {problem.layout for problem, _ in checks} == set(spec.layouts)
 
 
 def test_a_structural_value_that_nothing_allows_is_left_out() -> None:

@@ -41,6 +41,7 @@ NAME = "nsa_tuned_h100_80gb_hbm3"
 CONFIG = NSAConfig(**ship_child.CONSTANTS, window_size=32)
 DIMS: dict[str, Any] = {"num_q_heads": 2, "num_kv_heads": 1, "phi_hidden": 16, "nsa": CONFIG}
 PROBLEM = Problem(seq_q=64, seq_k=64, d_qk=16, d_v=16, dtype="float32", **DIMS)
+STEP = PROBLEM.replace(layout="paged", seq_q=1)  # a decode step
 
 
 def other_config(spec: KernelSpec, problem: Problem) -> Config:
@@ -87,7 +88,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A database: a winner of each family for one problem, others of other GPUs, lengths and templates, and a trial."""
     url = f"sqlite:///{tmp_path_factory.mktemp('db') / 'tuning.sqlite'}"
     window = get_spec("win_attn_fwd")
-    winners = [make_winner(spec, tuning_problems(spec, PROBLEM)[0]) for spec in all_specs().values()]
+    served = [(spec, problem) for problem in (PROBLEM, STEP) for spec in all_specs().values()]
+    winners = [make_winner(spec, part) for spec, problem in served for part in tuning_problems(spec, problem)[:1]]
     h200 = {**ship_child.FINGERPRINT, "gpu": "NVIDIA H200"}
     winners += [
         make_winner(window, PROBLEM, fingerprint=h200, config=window.default_config(PROBLEM)),
@@ -317,7 +319,9 @@ def test_the_runtime_imports_nothing_that_stays_behind(project: Path) -> None:
 def test_filters(url: str, tmp_path: Path, options: list[str], seqs: set[int]) -> None:
     table = read_table(ship(url, tmp_path / "out", *options) / NAME)
     assert {row.problem["seq_k"] for row in table.rows} == seqs
-    families = {"win_attn_fwd"} if "--families" in options else set(all_specs())
+    layouts = {row.problem["layout"] for row in table.rows}
+    families = {family for family, spec in all_specs().items() if layouts & set(spec.layouts)}
+    families = {"win_attn_fwd"} if "--families" in options else families
     assert set(table.templates) == families  # default kernels of the others serve the model
 
 
