@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..codegen.shapes import SPARE_PAGES
-from ..paged import first_cell, positions_of
+from ..paged import first_cell, positions_of, stored
 from ..spec import Argument, Problem
 from .fills import select_at_random
 
@@ -59,7 +59,7 @@ def fill_paged(tensor: Tensor, argument: Argument, problem: Problem, generator: 
             place = torch.arange(first, stop, device=tensor.device)
             values = torch.randn((len(place), *tensor.shape[2:]), device=tensor.device, generator=generator)
             flat = table[index].long()[place // rows] * rows + place % rows
-            tensor.view(-1, *tensor.shape[2:])[flat] = values.to(tensor.dtype)
+            stored(tensor).view(-1, *tensor.shape[2:])[flat] = stored(values.to(tensor.dtype))
 
 
 def fill_paged_blocks(tensor: Tensor, problem: Problem, generator: torch.Generator) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..paged import first_cell
+from ..paged import first_cell, stored
 from ..spec import Argument, Problem
 from .compare import AccuracyReport, compare_floats
 from .paged import fill_paged, trial_lengths
@@ -76,7 +76,7 @@ def compare_state(
         return _kept(name, tensor[idle], before[idle])
     exact, base = reference[name], baseline[name]
     held = ~exact.isnan().all(-1)  # [P, ROWS, H]
-    report = _kept(name, tensor[~held], before[~held])
+    report = _kept(name, stored(tensor)[~held], stored(before)[~held])
     if not report.ok:
         return report
     scale = inputs.tensors.get(f"{name}_scale")

@@ -26,7 +26,7 @@ COMPILE_TIMEOUT_S = 180.0
 GIB = 1 << 30
 ASK = "import torch; print('cuda:%d%d' % torch.cuda.get_device_capability())"
 
-DECODE_FILES = {"test_decode.py", "test_decode_module.py"}
+DECODE_FILES = {"test_cache.py", "test_decode.py", "test_decode_module.py"}
 
 Outcomes = dict[str, CompileOutcome]
 

@@ -5,13 +5,14 @@ Thinned as in `gpu.cases`: every value of every axis is met equally often, pairs
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from gpu.cases import NEW_TOKENS, deal, forward_jobs
+from gpu.cases import CACHE_DTYPES, NEW_TOKENS, deal, forward_jobs
 from torch import Tensor
 
 from nsa_autotune.bench.paged import trial_table
@@ -167,9 +168,18 @@ MODULE_CASES = (
 GRAPH_CASE = ModuleCase(16, (128, 128), "bfloat16", prompt=3000, tokens=4096, capacity=8192)
 
 
+def cache_problems() -> list[Problem]:
+    """The steps of `gpu.test_cache`, and its prefill."""
+    steps = [
+        make_step((64, 64), 16, new_tokens, (640, 640), heads=1, cache_dtype=cache_dtype)
+        for new_tokens, cache_dtype in itertools.product((1, 3, 5, 8), CACHE_DTYPES)
+    ]
+    return [*steps, steps[0].replace(layout="batched", seq_q=100, seq_k=640)]
+
+
 def step_jobs() -> list[CompileJob]:
     """The variants of all cases."""
-    jobs = []
+    jobs = [job for problem in cache_problems() for job in forward_jobs(problem) if "_bwd" not in job.family]
     for case in (*STEP_CASES, REPEATED):
         for family in ("cmp_decode_fwd", "slc_win_decode_fwd"):
             spec = all_specs()[family]
