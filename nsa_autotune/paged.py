@@ -50,7 +50,9 @@ class CachePools:
     v_slc: Pages
     k_win: Pages
     v_win: Pages
-    fits: set[Hashable] = field(default_factory=set, repr=False, compare=False)  # queries that passed `check_pools`
+    fits: set[Hashable] = field(
+        default_factory=set, init=False, repr=False, compare=False
+    )  # queries that passed `check_pools`
 
     @property
     def page_size(self) -> int:
