@@ -50,9 +50,8 @@ class CachePools:
     v_slc: Pages
     k_win: Pages
     v_win: Pages
-    fits: set[Hashable] = field(
-        default_factory=set, init=False, repr=False, compare=False
-    )  # queries that passed `check_pools`
+    # queries that these very pools passed `check_pools` for
+    fits: set[Hashable] = field(default_factory=set, init=False, repr=False, compare=False)
 
     @property
     def page_size(self) -> int:
