@@ -9,7 +9,8 @@ nothing behind it: sequences with a common prefix can share its pages.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from .config import NSAConfig
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 SMALLEST_SCALE = 2.0**-126  # what a page of zeros has, so that any value after them can raise it
+
+
+BRANCHES = ("cmp", "raw", "slc", "win")
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class CachePools:
     v_slc: Pages
     k_win: Pages
     v_win: Pages
+    # queries that these very pools passed `check_pools` for
+    fits: set[Hashable] = field(default_factory=set, init=False, repr=False, compare=False)
 
     @property
     def page_size(self) -> int:
@@ -55,9 +61,9 @@ class CachePools:
     def distinct(self) -> list[Pages]:
         """Every pool once."""
         seen: dict[int, Pages] = {}
-        for field in fields(self):
-            pages: Pages = getattr(self, field.name)
-            seen.setdefault(id(pages.data), pages)
+        for branch in BRANCHES:
+            for pages in (getattr(self, f"k_{branch}"), getattr(self, f"v_{branch}")):
+                seen.setdefault(id(pages.data), pages)
         return list(seen.values())
 
 

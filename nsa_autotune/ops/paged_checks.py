@@ -9,17 +9,23 @@ from torch import Tensor
 
 from ..config import NSAConfig
 from ..errors import InvalidInput
-from ..paged import FP8, CachePools, Pages
+from ..paged import BRANCHES, FP8, CachePools, Pages
 from ..spec import PAGE_SIZES
 from . import checks
-
-BRANCHES = ("cmp", "raw", "slc", "win")
 
 
 def check_pools(pools: CachePools, q: Tensor, config: NSAConfig) -> None:
     """Every pool is [P, ROWS, H, D] beside q, of its dtype or fp8 with scales, and holds pages of one size."""
     if not isinstance(pools, CachePools):
         raise InvalidInput("pools must be CachePools", {"pools": type(pools).__name__}, "Take them from a KVCache.")
+    asked = (q.dtype, q.device, q.shape[2:], config)
+    if asked in pools.fits:  # what was checked stays so, and checking takes longer than a launch
+        return
+    _check_all(pools, q, config)
+    pools.fits.add(asked)
+
+
+def _check_all(pools: CachePools, q: Tensor, config: NSAConfig) -> None:
     size = pools.page_size
     if size not in PAGE_SIZES or size % config.compress_stride:
         sizes = {"page_size": size, "compress_stride": config.compress_stride}

@@ -13,7 +13,7 @@ from torch import Tensor
 from nsa_autotune import KVCache, NSAConfig, reference
 from nsa_autotune.errors import CacheFull, InvalidConfig, InvalidInput
 from nsa_autotune.nn import page_table
-from nsa_autotune.paged import FP8, CachePools, Pages, read_rows, read_tokens
+from nsa_autotune.paged import FP8, Pages, read_rows, read_tokens
 
 CONFIG = NSAConfig(8, 4, 16)
 SIZES: dict[str, Any] = {"num_kv_heads": 1, "d_qk": 32, "d_v": 16, "config": CONFIG, "dtype": torch.float32}
@@ -381,10 +381,6 @@ def test_an_engine_may_share_pages_that_nobody_writes() -> None:
     assert cache.pools.k_raw.data.isfinite().all(-1).sum() == 2
 
 
-def replaced(pools: CachePools, **changes: Any) -> CachePools:
-    return CachePools(**{**vars(pools), **changes})
-
-
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -398,7 +394,7 @@ def replaced(pools: CachePools, **changes: Any) -> CachePools:
 )
 def test_pools_that_do_not_fit_are_refused(changes: dict[str, Pages], sentence: str) -> None:
     with pytest.raises(InvalidInput, match=sentence):
-        KVCache.from_engine(replaced(paged().pools, **changes), int32([0])[None], int32([1]), config=CONFIG)
+        KVCache.from_engine(replace(paged().pools, **changes), int32([0])[None], int32([1]), config=CONFIG)
     for table, lengths in (
         (torch.zeros(1, 2), int32([1])),
         (int32([1])[None], torch.ones(1)),
