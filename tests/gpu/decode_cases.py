@@ -159,7 +159,7 @@ class ModuleCase:
 
 
 MODULE_CASES = (
-    ModuleCase(16, (128, 128), "bfloat16"),
+    ModuleCase(16, (128, 128), "bfloat16", prompt=1),
     ModuleCase(4, (64, 64), "float16", 16, 3, share_kv=True),
     ModuleCase(8, (192, 128), "bfloat16", 256, 8, compression="mean"),
     ModuleCase(1, (256, 256), "bfloat16", 32, 2, compression="mean", share_kv=True),

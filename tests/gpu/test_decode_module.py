@@ -84,7 +84,7 @@ def check_decode(case: ModuleCase, dispatcher: Dispatcher) -> None:
         wide, base = module(x.float()), module.to(dtype)(x)
     assert blocks.blocks is not None and blocks.reused == 1
     cache = cache_of(case, module)
-    got = [module.prefill(part, cache) for part in x[:, : case.prompt].split(case.prompt * 2 // 5, dim=1)]
+    got = [module.prefill(part, cache) for part in x[:, : case.prompt].split(max(1, case.prompt * 2 // 5), dim=1)]
     with selecting(blocks.blocks, case.prompt):
         rest = x[:, case.prompt :]
         whole = rest.shape[1] - rest.shape[1] % case.new_tokens
