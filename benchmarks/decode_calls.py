@@ -136,8 +136,8 @@ def kernel_call(family: str, problem: Problem, filled: Filled, dispatcher: Dispa
     out = torch.empty(*filled.q.shape[:3], p.d_v, dtype=filled.q.dtype, device=filled.q.device)
     blocks = torch.empty(p.batch, p.seq_q, p.num_kv_heads, p.nsa.num_selected, dtype=torch.int32, device=out.device)
     tensors: dict[str, Any] = {"q": filled.q, "table": filled.table, "lengths": filled.lengths}
-    tensors |= {"counters": filled.counters, "scale": p.d_qk**-0.5, "blocks": blocks}
-    compressed = {**pages("k", filled.pools.k_cmp), **pages("v", filled.pools.v_cmp), "o": out, "seq_k": p.seq_k}
+    tensors |= {"counters": filled.counters, "scale": p.d_qk**-0.5, "seq_k": p.seq_k, "blocks": blocks}
+    compressed = {**pages("k", filled.pools.k_cmp), **pages("v", filled.pools.v_cmp), "o": out}
     if family == COMPRESSED:
         tensors |= compressed
     else:

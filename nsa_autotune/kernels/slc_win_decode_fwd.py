@@ -120,7 +120,7 @@ SPEC = KernelSpec(
         Argument("out", ("Q", "HQ", "D_V"), fill="out"),
         g.COUNTERS,
     ),
-    scalars=("scale",),
+    scalars=("scale", "seq_k"),
     problem_fields=(*g.PROBLEM_FIELDS, "locality"),
     nsa_fields=("select_block_size", "num_selected", "num_initial", "num_local", "window_size"),
     params=(

@@ -49,8 +49,9 @@ def decode_attention(
 
     q `[B, Q, HQ, D_QK]` with 1 <= Q <= 8, gates `[B, Q, HQ, 3]`, block_table `[B, MP]` int32, lengths `[B]` int32 with
     the new tokens counted; tokens that a shorter sequence does not have get zeros. counters: `decode_counters`.
-    max_length: no sequence is or, in a captured graph, will be longer (by default the table's capacity). debug: check
-    table and lengths, which waits for the device; on the CPU that is always done. Raises InvalidInput.
+    max_length: no sequence is or, in a captured graph, will be longer (by default the table's capacity); one that is
+    all the same is not read and gets NaN. debug: check table and lengths, which waits for the device; on the CPU that
+    is always done. Raises InvalidInput.
     """
     checks.check_query(q, None)
     checks.check_gates(gates, q)
@@ -76,6 +77,7 @@ def decode_attention(
             "lengths": lengths,
             "counters": counters.flatten()[: q.shape[0] * q.shape[1] * num_heads],
             "scale": factor,
+            "seq_k": bound,
         },
         config,
         bound,
@@ -90,7 +92,7 @@ class _Step:
 
     q: Tensor
     pools: CachePools
-    shared: dict[str, Any]  # table, lengths, counters, scale
+    shared: dict[str, Any]  # table, lengths, counters, scale, seq_k
     config: NSAConfig
     bound: int  # tokens of the longest sequence
     dispatcher: Dispatcher | None
@@ -120,7 +122,7 @@ def _compressed(step: _Step) -> tuple[Tensor, Tensor]:
     o_cmp = q.new_empty((*q.shape[:3], pools.v_cmp.data.shape[3]))
     size = (*q.shape[:2], pools.k_cmp.data.shape[2], step.config.num_selected)
     blocks = torch.empty(size, dtype=torch.int32, device=q.device)
-    tensors = {**pages("k", pools.k_cmp), **pages("v", pools.v_cmp), "o": o_cmp, "blocks": blocks, "seq_k": step.bound}
+    tensors = {**pages("k", pools.k_cmp), **pages("v", pools.v_cmp), "o": o_cmp, "blocks": blocks}
     step.launch("cmp_decode_fwd", tensors)
     return o_cmp, blocks
 

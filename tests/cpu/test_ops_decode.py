@@ -20,6 +20,7 @@ from nsa_autotune.config import NSAConfig
 from nsa_autotune.dispatch.dispatcher import Dispatcher
 from nsa_autotune.dispatch.fingerprint import for_target
 from nsa_autotune.errors import InvalidInput
+from nsa_autotune.ops import checks
 from nsa_autotune.ops.decode import decode_attention, decode_counters, length_bound
 from nsa_autotune.paged import CachePools, Pages
 from nsa_autotune.spec import KernelSpec, Problem
@@ -93,6 +94,21 @@ def test_the_kernels_compute_the_equations(monkeypatch: pytest.MonkeyPatch, num_
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         assert not counters.any(), "ready for the next step"
     assert dispatcher.families == ["cmp_decode_fwd", "slc_win_decode_fwd"] * 2
+
+
+def test_a_sequence_beyond_the_bound_is_not_read_and_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device nobody looks at the lengths: the kernels must neither leave their tensors nor answer wrongly."""
+    pools, table = filled_pools(LENGTHS, 2, torch.float32)
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32)
+    q, gates, counters = torch.randn(4, 1, 6, 16), torch.rand(4, 1, 6, 3), decode_counters(4, 1, 2, "cpu")
+    how: dict[str, Any] = {"config": CONFIG, "counters": counters}
+    expected = decode_attention(q, gates, pools, table, lengths, **how)
+    take_the_kernels_way(monkeypatch)
+    monkeypatch.setattr(checks, "values_are_known", lambda x: False)
+    lengths[0] += 100_000
+    found = decode_attention(q, gates, pools, table, lengths, dispatcher=Interpreted(), **how)
+    assert found[0].isnan().all() and not counters.any()
+    torch.testing.assert_close(found[1:], expected[1:], rtol=1e-4, atol=1e-5)
 
 
 def test_a_step_is_the_last_rows_of_the_forward() -> None:
