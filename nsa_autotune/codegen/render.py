@@ -70,9 +70,15 @@ def _sources_of(folder: Path, template: str) -> list[str]:
     """The template and every file it imports, directly or through another, each once."""
     names = [template]
     for name in names:  # grows while it is walked
-        tree = _environment(folder).parse((folder / name).read_text(encoding="utf-8"), name)
-        names += sorted({found for found in jinja2.meta.find_referenced_templates(tree) if found} - set(names))
+        names += sorted(_imports_of(folder, name) - set(names))
     return names
+
+
+@cache
+def _imports_of(folder: Path, template: str) -> frozenset[str]:
+    """The files that a template names; kept, since most families import the same ones."""
+    tree = _environment(folder).parse((folder / template).read_text(encoding="utf-8"), template)
+    return frozenset(found for found in jinja2.meta.find_referenced_templates(tree) if found)
 
 
 def template_digest(spec: KernelSpec) -> str:

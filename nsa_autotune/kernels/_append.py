@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from ..paged import Pages
-from ..paged_append import write_compressed, write_tokens
-from ..reference import PhiWeights
 from ..spec import ELEMENT_BYTES, Argument, Config, Param, Problem, ProblemRule, Value
 from . import _common as c
 from . import _paged as g
+from ._lazy import paged, paged_append, reference
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NUM_WARPS = Param("num_warps", (1, 2, 4, 8), "warps of a program")
 RESCALED_AT_ONCE = 16  # rows of a page, where its fp8 scale grew
@@ -53,7 +51,7 @@ def token_constants(problem: Problem) -> dict[str, Value]:
 
 
 def state_pages(name: str, rows: str, width: str) -> tuple[Argument, ...]:
-    """Pages of "PAGE" tokens or "CELLS" that the kernel adds to, and their scales."""
+    """paged.Pages of "PAGE" tokens or "CELLS" that the kernel adds to, and their scales."""
     pages, scale = g.page_arguments(name, rows, "state_tokens" if rows == "PAGE" else "state_cells", width)
     return (pages, replace(scale, fill="state_scale"))
 
@@ -72,32 +70,32 @@ def token_bytes(problem: Problem) -> float:
     return float(elements * (ELEMENT_BYTES[problem.dtype] + g.cache_bytes(problem)))
 
 
-def pages_in(inputs: dict[str, Any], name: str) -> Pages:
+def pages_in(inputs: dict[str, Any], name: str) -> paged.Pages:
     """A copy of pages that were given to a reference; fp8 ones that were made wide for it lose their scale."""
     data, scale = inputs[name].clone(), inputs.get(f"{name}_scale")
-    if scale is None or data.dtype != torch.float8_e4m3fn:
-        return Pages(data if scale is None else data * scale[:, None, :, None])
-    return Pages(data, scale.clone())
+    if scale is None or data.dtype != paged.FP8:
+        return paged.Pages(data if scale is None else data * scale[:, None, :, None])
+    return paged.Pages(data, scale.clone())
 
 
-def values_of(pages: Pages) -> Tensor:
+def values_of(pages: paged.Pages) -> Tensor:
     """All rows of pages as numbers: fp8 ones times their scale, in float32."""
     return pages.data if pages.scale is None else pages.data.float() * pages.scale[:, None, :, None]
 
 
-def appended(inputs: dict[str, Any], name: str) -> Pages:
-    """Pages "k" or "v" after the new tokens were written to them."""
+def appended(inputs: dict[str, Any], name: str) -> paged.Pages:
+    """paged.Pages "k" or "v" after the new tokens were written to them."""
     pages = pages_in(inputs, name)
-    write_tokens(pages, inputs["table"], inputs["lengths"], inputs[f"{name}_new"])
+    paged_append.write_tokens(pages, inputs["table"], inputs["lengths"], inputs[f"{name}_new"])
     return pages
 
 
 def compressed(
-    problem: Problem, inputs: dict[str, Any], raw: Pages, name: str, phi: PhiWeights | None = None
+    problem: Problem, inputs: dict[str, Any], raw: paged.Pages, name: str, phi: reference.PhiWeights | None = None
 ) -> Tensor:
     """What the cells `name` hold, as `values_of`, after the rows were written that the new tokens complete."""
     cells = pages_in(inputs, name)
-    write_compressed(raw, cells, inputs["table"], inputs["lengths"], problem.seq_q, problem.nsa, phi)
+    paged_append.write_compressed(raw, cells, inputs["table"], inputs["lengths"], problem.seq_q, problem.nsa, phi)
     return values_of(cells)
 
 

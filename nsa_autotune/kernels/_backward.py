@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .. import gradients
-from ..layout import PackedLayout
 from ..spec import ELEMENT_BYTES, Argument, Config, Constraint, Cost, Param, Problem, Value
 from . import _common as c
+from ._lazy import gradients
+
+if TYPE_CHECKING:
+    from ..layout import PackedLayout
 
 NUM_WARPS = Param("num_warps", (4, 8), "warps of a program", reserve=(2, 16))
 NUM_STAGES = Param("num_stages", (1, 2, 3, 4), "depth of the software pipeline of the loop's tiles", reserve=(5,))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .. import reference
-from ..layout import PackedLayout
 from ..spec import ELEMENT_BYTES, Config, Cost, KernelSpec, Problem, Value
 from . import _common as c
+from ._lazy import reference
+
+if TYPE_CHECKING:
+    from ..layout import PackedLayout
 
 
 def constants(problem: Problem, config: Config) -> dict[str, Value]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .. import paged
-from ..paged import Pages
 from ..spec import ELEMENT_BYTES, Argument, Config, Constraint, Cost, KernelSpec, Param, Problem, ProblemRule, Value
 from . import _common as c
 from . import _paged as g
+from ._lazy import paged
 from .slc_select_fwd import POWERS_TO_128, ratio, span
 
 
@@ -91,7 +90,7 @@ def importance(problem: Problem, inputs: dict[str, Any]) -> Any:
 
 
 def _reference(problem: Problem, inputs: dict[str, Any]) -> tuple[Any, Any]:
-    k, v = (Pages(inputs[name], inputs.get(f"{name}_scale")) for name in ("k", "v"))
+    k, v = (paged.Pages(inputs[name], inputs.get(f"{name}_scale")) for name in ("k", "v"))
     return paged.compressed_decode(inputs["q"], k, v, inputs["table"], inputs["lengths"], problem.nsa)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..reference import PhiWeights
 from ..spec import ELEMENT_BYTES, Argument, Config, Constraint, Cost, KernelSpec, Param, Problem, Value
 from . import _append as a
 from . import _common as c
 from . import _paged as g
+from ._lazy import reference
 
 TILE_BYTES = 32_768  # of W1 and W2 that are held at once
 
@@ -68,7 +68,7 @@ def run_reference(
     for side in ("k", "v"):
         w1, b1, w2, b2 = (inputs[f"{side}_{part}"] for part in ("w1", "b1", "w2", "b2"))
         position = w1.new_zeros(problem.nsa.compress_block_size, w2.shape[1])
-        phi = PhiWeights(position, w1, b1.to(w1.dtype), w2, b2.to(w1.dtype))
+        phi = reference.PhiWeights(position, w1, b1.to(w1.dtype), w2, b2.to(w1.dtype))
         found[f"{side}_cmp"] = a.compressed(problem, inputs, a.pages_in(inputs, side), f"{side}_cmp", phi)
     return found
 

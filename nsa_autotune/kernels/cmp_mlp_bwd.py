@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .. import gradients
-from ..layout import PackedLayout
 from ..spec import ELEMENT_BYTES, Argument, Config, Constraint, Cost, KernelSpec, Param, Problem, Value
 from . import _common as c
 from . import cmp_mlp_fwd
+from ._lazy import gradients
+
+if TYPE_CHECKING:
+    from ..layout import PackedLayout
 
 NUM_SPLITS = Param("num_splits", (1, 2, 4, 8, 16), "parts in which the rows are summed to the gradients of the weights")
 

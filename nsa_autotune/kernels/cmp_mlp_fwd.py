@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from .. import reference
-from ..layout import PackedLayout
 from ..spec import ELEMENT_BYTES, Argument, Config, Constraint, Cost, KernelSpec, Param, Problem, ProblemRule, Value
 from . import _common as c
+from ._lazy import reference
+
+if TYPE_CHECKING:
+    from ..layout import PackedLayout
 
 
 def _chunks(problem: Problem) -> list[dict[str, int]]:
@@ -59,7 +59,7 @@ def run_reference(
     """The paper's equation in PyTorch; the position encoding is already part of b1."""
     x, w1 = inputs["x"], inputs["w1"]
     phi = reference.PhiWeights(
-        position=torch.zeros(problem.nsa.compress_block_size, problem.d_qk, dtype=x.dtype, device=x.device),
+        position=x.new_zeros(problem.nsa.compress_block_size, problem.d_qk),
         w1=w1,
         b1=inputs["b1"].to(x.dtype),
         w2=inputs["w2"],

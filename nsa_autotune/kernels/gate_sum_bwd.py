@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .. import gradients
-from ..layout import PackedLayout
 from ..spec import ELEMENT_BYTES, Argument, Config, Constraint, Cost, KernelSpec, Param, Problem, Value
 from . import _common as c
+from ._lazy import gradients
+
+if TYPE_CHECKING:
+    from ..layout import PackedLayout
 
 TENSORS = 4  # do and the three branches, held at once
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .. import reference
-from ..layout import PackedLayout
 from ..spec import ELEMENT_BYTES, Argument, Config, Cost, KernelSpec, Param, Problem, Value
 from . import _common as c
+from ._lazy import reference
+
+if TYPE_CHECKING:
+    from ..layout import PackedLayout
 
 
 def structure(problem: Problem, config: Config) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .. import reference
-from ..layout import PackedLayout
 from ..spec import ELEMENT_BYTES, Argument, Config, Constraint, Cost, KernelSpec, Param, Problem, ProblemRule, Value
 from . import _common as c
+from ._lazy import reference
+
+if TYPE_CHECKING:
+    from ..layout import PackedLayout
 
 POWERS_TO_128 = (1, 2, 4, 8, 16, 32, 64, 128)  # strides a selection block; a tile of keys holds whole ones
 

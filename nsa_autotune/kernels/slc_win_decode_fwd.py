@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .. import paged
-from ..paged import Pages
 from ..spec import ELEMENT_BYTES, Argument, Config, Constraint, Cost, KernelSpec, Param, Problem, Value
 from . import _common as c
 from . import _paged as g
+from ._lazy import paged
 
 
 def block_g(problem: Problem) -> int:
@@ -83,7 +82,7 @@ def run_reference(
 ) -> dict[str, Any]:
     """The paper's equations in PyTorch, for the pages of each sequence."""
     names = ("k_slc", "v_slc", "k_win", "v_win")
-    k_slc, v_slc, k_win, v_win = (Pages(inputs[name], inputs.get(f"{name}_scale")) for name in names)
+    k_slc, v_slc, k_win, v_win = (paged.Pages(inputs[name], inputs.get(f"{name}_scale")) for name in names)
     blocks, o_cmp, gates = inputs["blocks"], inputs["o_cmp"], inputs["gates"]
     where = (inputs["table"], inputs["lengths"], problem.nsa)
     return {"out": paged.selected_window_decode(inputs["q"], k_slc, v_slc, k_win, v_win, blocks, o_cmp, gates, *where)}

@@ -62,6 +62,12 @@ def test_import_loads_nothing_heavy() -> None:
     assert [name for name in HEAVY if name in loaded] == []
 
 
+def test_specs_are_data_and_need_no_torch() -> None:
+    """Who asks the database or renders a kernel does not wait seconds for it."""
+    code = "import sys; from nsa_autotune.kernels import all_specs; all_specs(); print('torch' in sys.modules)"
+    assert run_python(code).strip() == "False"
+
+
 def test_public_names_touch_neither_gpu_nor_search_nor_database() -> None:
     code = (
         "import json, sys, torch\n"
