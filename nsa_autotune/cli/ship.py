@@ -79,7 +79,7 @@ def _filter(preset: str | None, seq: str, fields: dict[str, str]) -> Callable[[K
                 return False
         elif lengths and winner.problem["seq_k"] not in lengths:
             return False
-        return all(_same(flat[field], text) for field, text in fields.items())
+        return all(_same(flat.get(field), text) for field, text in fields.items())
 
     return wanted
 
@@ -87,7 +87,7 @@ def _filter(preset: str | None, seq: str, fields: dict[str, str]) -> Callable[[K
 def _check_fields(fields: dict[str, str]) -> None:
     from ..spec import Problem
 
-    known = Problem().to_dict()
+    known = Problem(layout="paged", seq_q=1).to_dict()  # all fields there are
     known = {**known, **known.pop("nsa")}
     unknown = sorted(set(fields) - set(known))
     if unknown:
@@ -96,7 +96,7 @@ def _check_fields(fields: dict[str, str]) -> None:
 
 def _same(stored: object, text: str) -> bool:
     """Equal, the text being a number where the stored value is one."""
-    if isinstance(stored, str):
+    if stored is None or isinstance(stored, str):
         return stored == text
     try:
         return float(text) == stored

@@ -62,9 +62,13 @@ def build(
     version = f"{__version__}+{_sha(b''.join(_sha(files[p]).encode() for p in sorted(files)))[:8]}"
     bounds = lower_bounds(chosen.winners)
     files[f"{name}/__init__.py"] = texts.init_module(version, chosen.gpu).encode()
-    files[f"{name}/{PROVENANCE}"] = _json(provenance(chosen, trials, files, targets))
+    origins = provenance(chosen, trials, files, targets)
+    gated = sum(row["gate"] is not None for row in origins["winners"])
+    files[f"{name}/{PROVENANCE}"] = _json(origins)
     files["pyproject.toml"] = texts.pyproject(name, version, chosen.gpu, bounds).encode()
-    files["README.md"] = texts.readme(name, chosen.gpu, __version__, bounds, chosen.winners, list(targets)).encode()
+    files["README.md"] = texts.readme(
+        name, chosen.gpu, __version__, bounds, chosen.winners, list(targets), gated
+    ).encode()
     files["LICENSE"] = license_text().encode()
     return dict(sorted(files.items()))
 

@@ -8,6 +8,7 @@ from string import Template
 
 from ..db import WinnerRecord
 from ..dispatch.shipped import ALLOW_VARIABLE
+from ..spec import Problem
 
 PACKAGES = ("codegen", "dispatch", "kernels", "nn", "ops")  # folders with modules of the runtime
 
@@ -41,11 +42,11 @@ from __future__ import annotations
 
 from .config import NSAConfig
 from .dispatch.shipped import open_dispatcher
-from .nn import NativeSparseAttention
+from .nn import KVCache, NativeSparseAttention
 from .ops import nsa_attention
 
 __version__ = "$version"
-__all__ = ["NSAConfig", "NativeSparseAttention", "__version__", "nsa_attention", "open_dispatcher"]
+__all__ = ["KVCache", "NSAConfig", "NativeSparseAttention", "__version__", "nsa_attention", "open_dispatcher"]
 ''')
 
 SOURCES = '''\
@@ -57,6 +58,8 @@ from .shipped import default_kernels, default_winners
 
 __all__ = ["default_kernels", "default_winners"]
 '''
+
+USUAL = {"batch": 1, "layout": "batched", "page_size": 64, "cache_dtype": "problem"}  # and NSAConfig(): not told
 
 _README = Template("""\
 # $project
@@ -70,6 +73,7 @@ from $name import NativeSparseAttention
 
 attention = NativeSparseAttention(hidden_size=$hidden, num_q_heads=$heads, num_kv_heads=$kv_heads, d_qk=$d_qk, d_v=$d_v)
 attention = attention.to("cuda", torch.bfloat16)
+x = torch.randn(1, 8192, $hidden, device="cuda", dtype=torch.bfloat16)
 y = attention(x)  # [B, T, hidden_size]; on the CPU it computes the equations
 ```
 
@@ -79,8 +83,8 @@ one that no kernel here can serve raises an error.
 $binaries
 ## What is in it
 `$name/tuned/` holds the kernels as readable Python, `$name/dispatch.json` says which serves what, and
-`$name/PROVENANCE.json` names the rows of the tuning database, digests of all files, and the errors that the kernels'
-accuracy gate measured, where stored.
+`$name/PROVENANCE.json` names the rows of the tuning database, digests of all files, and for $gated of the $count
+winners the errors that their accuracy gate measured (of the others the database holds no trial).
 
 | family | problem | median, us | default config, us | verdict | measured with |
 |---|---|---:|---:|---|---|
@@ -102,9 +106,15 @@ def init_module(version: str, gpu: str) -> str:
 
 
 def readme(
-    name: str, gpu: str, tool_version: str, bounds: dict[str, str], winners: Sequence[WinnerRecord], targets: list[str]
+    name: str,
+    gpu: str,
+    tool_version: str,
+    bounds: dict[str, str],
+    winners: Sequence[WinnerRecord],
+    targets: list[str],
+    gated: int,
 ) -> str:
-    """What the package is, how it is used, and a row for each winner."""
+    """What the package is, how it is used, and a row for each winner; the errors of `gated` of them are known."""
     shape = max(winners, key=lambda w: int(w.problem["num_q_heads"])).problem
     fields = {field: shape[field] for field in ("d_qk", "d_v")}
     used = "They serve under the Triton that made them, named in its `index.json`; another one compiles, and says so."
@@ -115,6 +125,8 @@ def readme(
         gpu=gpu,
         tool_version=tool_version,
         variable=ALLOW_VARIABLE,
+        gated=gated,
+        count=len(winners),
         hidden=shape["num_q_heads"] * shape["d_v"],
         heads=shape["num_q_heads"],
         kv_heads=shape["num_kv_heads"],
@@ -126,9 +138,11 @@ def readme(
 
 
 def _row(winner: WinnerRecord) -> str:
-    problem = json.loads(winner.problem_key)
-    nsa = problem.pop("nsa")
-    text = ", ".join(f"{name} {value}" for name, value in {**problem, **nsa}.items())
+    key, usual = json.loads(winner.problem_key), Problem()
+    told = {name: value for name, value in key.items() if name != "nsa" and value != USUAL.get(name)}
+    constants = usual.nsa.to_dict()
+    told |= {name: value for name, value in key["nsa"].items() if value != constants[name]}
+    text = ", ".join(f"{name} {value}" for name, value in told.items())
     default = "" if winner.default_median_us is None else f"{winner.default_median_us:.1f}"
     versions = f"torch {winner.fingerprint['torch']}, Triton {winner.fingerprint['triton']}"
     return f"| {winner.family} | {text} | {winner.median_us:.1f} | {default} | {winner.verdict} | {versions} |"
