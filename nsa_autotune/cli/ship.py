@@ -54,6 +54,9 @@ def ship(
     def report(text: str) -> None:
         messages.print(f"no binary: {text}", markup=False, soft_wrap=True)
 
+    if order.targets:
+        text = f"compiling every kernel for {', '.join(order.targets)}: a second or a few each"
+        messages.print(text, markup=False, soft_wrap=True)
     with TuningStore(db) as store:
         made = make_package(store, order, out, report)
     if made.stale:
