@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from forward import gpu_slug, without_places, write_page
 
-from nsa_autotune import NativeSparseAttention, NSAConfig, nsa_attention
+from nsa_autotune import KVCache, NativeSparseAttention, NSAConfig, nsa_attention
 from nsa_autotune.cli.bench_report import markdown_table
 from nsa_autotune.codegen.compile import meta_arguments
 from nsa_autotune.codegen.load import load
@@ -36,11 +36,14 @@ from nsa_autotune.dispatch.dispatcher import Dispatcher
 from nsa_autotune.dispatch.fingerprint import current, for_target
 from nsa_autotune.dispatch.triton_launch import CannotPrepareError
 from nsa_autotune.kernels import get_spec
-from nsa_autotune.ops import serve
-from nsa_autotune.spec import Problem
+from nsa_autotune.ops import checks, serve
+from nsa_autotune.ops.append import append
+from nsa_autotune.ops.decode import decode_attention
+from nsa_autotune.spec import KernelSpec, Problem
 
 RESULTS = Path(__file__).parent / "results"
 PROBLEM = Problem(seq_q=128, seq_k=128, num_q_heads=16, num_kv_heads=1, d_qk=64, d_v=64)
+STEP = PROBLEM.replace(layout="paged", seq_q=1)  # a decode step
 HIDDEN = 64
 VARIANTS: tuple[tuple[str, dict[str, Any], int], ...] = (  # family, changes of its default config, kernels
     ("cmp_pool_fwd", {}, 1),
@@ -54,6 +57,9 @@ VARIANTS: tuple[tuple[str, dict[str, Any], int], ...] = (  # family, changes of 
     ("gate_sum_fwd", {}, 1),
     ("win_attn_bwd_dq", {}, 1),
     ("slc_attn_bwd_dkv", {}, 6),
+    ("cmp_pool_append_fwd", {}, 1),
+    ("cmp_decode_fwd", {}, 1),
+    ("slc_win_decode_fwd", {}, 1),
 )
 COLUMNS = ("work", "kernels", "us", "p20..p80", "us a kernel", "mark us")
 NUMBERS = COLUMNS[1:]
@@ -135,12 +141,13 @@ def machine() -> Iterator[tuple[torch.device, dict[str, str]]]:
 @contextmanager
 def serving_cpu_tensors() -> Iterator[None]:
     """Within it, tensors of the CPU take the way of CUDA tensors."""
-    kept = serve.on_kernels, torch.cuda.current_device
+    kept = serve.on_kernels, torch.cuda.current_device, checks.values_are_known
     serve.on_kernels, torch.cuda.current_device = (lambda x: True), (lambda: None)  # torch.device("cpu").index
+    checks.values_are_known = lambda x: False  # a GPU's are not looked at
     try:
         yield
     finally:
-        serve.on_kernels, torch.cuda.current_device = kept
+        serve.on_kernels, torch.cuda.current_device, checks.values_are_known = kept
 
 
 def dispatcher(device: torch.device, prepared: bool = True) -> Dispatcher:
@@ -178,11 +185,12 @@ def kernel_lines(device: torch.device) -> list[Line]:
     lines: list[Line] = []
     for family, changes, kernels in VARIANTS:
         spec = get_spec(family)
-        config = {**spec.default_config(PROBLEM), **changes}
+        problem = problem_of(spec)
+        config = {**spec.default_config(problem), **changes}
         served, given = Fixed(device, config), arguments_of(family, device)
-        launch = load(render(spec, PROBLEM, config)).launch
+        launch = load(render(spec, problem, config)).launch
         name = " ".join([family, *(f"{n}={v}" for n, v in changes.items())])
-        prepared = partial(served.launch, spec, (family, device.index), lambda: PROBLEM, device, given)
+        prepared = partial(served.launch, spec, (family, device.index), partial(problem_of, spec), device, given)
         prepared()
         if served.ordinary:
             raise RuntimeError(f"{name} was not prepared: {dict(served.ordinary)}")
@@ -191,6 +199,11 @@ def kernel_lines(device: torch.device) -> list[Line]:
             Line(f"{name}: Triton's own", partial(launch, **given), kernels),
         ]
     return lines
+
+
+def problem_of(spec: KernelSpec) -> Problem:
+    """What the family is asked for."""
+    return STEP if spec.layouts == ("paged",) else PROBLEM
 
 
 class Fixed(Dispatcher):
@@ -207,7 +220,9 @@ class Fixed(Dispatcher):
 
 def arguments_of(family: str, device: torch.device) -> dict[str, Any]:
     """Tensors of zeros: every selected block is the first, which is legal."""
-    given = meta_arguments(get_spec(family), PROBLEM)
+    spec = get_spec(family)
+    given = meta_arguments(spec, problem_of(spec))
+    given = {name: value for name, value in given.items() if value is not None}  # left to their default
     return {n: torch.zeros_like(v, device=device) if isinstance(v, torch.Tensor) else v for n, v in given.items()}
 
 
@@ -227,8 +242,27 @@ def whole_lines(device: torch.device) -> list[Line]:
         lines += [
             Line(f"nsa_attention, mean compression: {name}", attend, 7),
             Line(f"module with rotary and learned compression: {name}", partial(module, x), 7),
+            Line(f"decode step, mean compression: {name}", decode_step(device, served), 3),
         ]
     return lines
+
+
+def decode_step(device: torch.device, served: Dispatcher) -> Callable[[], object]:
+    """Append a token and attend, over a cache whose lengths stay as they are."""
+    p = STEP
+    sizes: dict[str, Any] = {"num_kv_heads": p.num_kv_heads, "d_qk": p.d_qk, "d_v": p.d_v, "config": p.nsa}
+    cache = KVCache.paged(num_pages=16, max_batch=1, max_tokens=1024, device=device, **sizes)
+    cache.reserve(1024)
+    like: dict[str, Any] = {"device": device, "dtype": getattr(torch, p.dtype)}
+    q, gates = torch.randn(1, 1, p.num_q_heads, p.d_qk, **like), torch.rand(1, 1, p.num_q_heads, 3, **like)
+    k, v = (torch.randn(1, 1, p.num_kv_heads, d, **like) for d in (p.d_qk, p.d_v))
+    where = (cache.pools, cache.block_table, cache.lengths.fill_(100))
+
+    def step() -> None:
+        append(k, v, *where, config=p.nsa, dispatcher=served)
+        decode_attention(q, gates, *where, config=p.nsa, counters=cache.counters, dispatcher=served)
+
+    return step
 
 
 def measure(lines: Sequence[Line], samples: int, calls: int, device: torch.device) -> list[list[float]]:
