@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from ..search.roofline import GpuModel
@@ -17,24 +17,26 @@ BACKWARD_SHAPE = 1
 
 
 def speedup_figures(speedups: Iterable[Speedup]) -> tuple[Figure, ...]:
-    """One figure for each GPU, library and shape of problem; in it one line for each kind of work."""
+    """One figure for each GPU, library and shape of problem; in it one line for each kind of work, alike in all."""
     groups: dict[tuple[str, ...], list[Speedup]] = defaultdict(list)
     for item in speedups:
         one_kernel = item.origin == "winner"
         shape = "" if one_kernel else item.shape
         place = "single kernels" if one_kernel else ""  # after whole attention, as it sorts
         groups[place, item.keys.gpu, item.library, item.keys.dtype, item.keys.policy, shape].append(item)
-    return tuple(_speedup_figure(key, group) for key, group in sorted(groups.items()))
+    names = dict.fromkeys(name for key, group in sorted(groups.items()) for name in _series(group, bool(key[-1])))
+    places = {name: place for place, name in enumerate(names)}
+    return tuple(_speedup_figure(key, group, places) for key, group in sorted(groups.items()))
 
 
-def _speedup_figure(key: tuple[str, ...], group: Sequence[Speedup]) -> Figure:
+def _speedup_figure(key: tuple[str, ...], group: Sequence[Speedup], places: Mapping[str, int]) -> Figure:
     kernels, gpu, library, dtype, policy, shape = key
     x_axis, y_axis = _lengths(group), fit_axis([1.0, *(item.ratio for item in group)], LARGE.bottom, LARGE.top)
     series = _series(group, bool(shape))
     lines = [Line(f"M{LARGE.left} {y_axis.at(1)}H{LARGE.right}", "even")]
     marks, legend = [], []
-    for place, (name, items) in enumerate(series.items()):
-        colour, symbol = place % COLOURS, place // COLOURS % SHAPES
+    for name, items in series.items():
+        colour, symbol = places[name] % COLOURS, places[name] // COLOURS % SHAPES
         points = [(x_axis.at(item.keys.seq or 1), y_axis.at(item.ratio)) for item in items]
         lines.append(Line(path_text(points), "series", colour, replace(items[0].keys, seq=None)))
         marks += [

@@ -148,6 +148,17 @@ def test_two_runs_of_one_benchmark_are_two_lines(tmp_path: Path) -> None:
     assert all(len(figure.lines) == 1 + len(figure.legend) for figure in (*one, *two))
 
 
+def test_a_line_looks_alike_in_all_figures() -> None:
+    """Also where a figure lacks the lines before it."""
+    items = read_speedups(FORWARD)
+    (gpu, work) = (items[0].keys.gpu, items[0].work)
+    fewer = [replace(s, keys=replace(s.keys, gpu="B200")) for s in items if s.work != work]
+    figures = speedup_figures([*items, *fewer])
+    assert {figure.title.partition(":")[0] for figure in figures} == {gpu, "B200"}
+    looks = {(entry.text, entry.colour, entry.shape) for figure in figures for entry in figure.legend}
+    assert len(looks) == len({text for text, _, _ in looks}) > 1
+
+
 def test_hostile_texts_stay_texts(filled: Report) -> None:
     html = render_page(filled)
     page = Page(html)
