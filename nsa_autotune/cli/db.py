@@ -141,7 +141,10 @@ def export_records(
 def import_records(
     path: Annotated[Path, typer.Argument(help="File of JSON lines to read.")], db: options.DbOption = None
 ) -> None:
-    """Add the records of a file, all or none; winners tuned here serve on, and so do shipped ones that it brings again."""
+    """Add the records of a file, all or none; winners tuned here serve on.
+
+    Nothing is added where a record contradicts itself, or where its kernel refuses a winner.
+    """
     from ..db.store import TuningStore
 
     if not path.exists() or path.is_dir():
