@@ -245,7 +245,8 @@ class KernelSpec:
         for param in self.params:
             if param.name not in config:
                 return f"{param.name} is missing"
-            if config[param.name] not in param.widest:
+            value = config[param.name]
+            if value not in param.widest or type(value) is not type(param.widest[param.widest.index(value)]):
                 return f"{param.name}={config[param.name]!r} is not one of {param.widest}"
         unknown = set(config) - {param.name for param in self.params}
         if unknown:

@@ -13,20 +13,29 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import InvalidInput
+from ..plain import visible
 from .fit import fit_columns
 
 PLAIN_WIDTH = 200  # columns, when stdout is a file or a pipe: rows stay on one line
 
 
+class PlainConsole(Console):
+    """A console that writes control characters of texts out; its own colours stay."""
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        """As Console's."""
+        super().print(*(visible(item) if isinstance(item, str) else item for item in objects), **how)
+
+
 def output() -> Console:
     """The console of results."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+    console = PlainConsole(highlight=False)
+    return console if console.is_terminal else PlainConsole(highlight=False, width=PLAIN_WIDTH)
 
 
 def errors() -> Console:
     """The console of messages and progress."""
-    return Console(stderr=True, highlight=False)
+    return PlainConsole(stderr=True, highlight=False)
 
 
 def make_table(
@@ -44,7 +53,7 @@ def make_table(
     """
     cells = [[cell_text(cell) for cell in row] for row in rows]
     found = fit_columns(columns, cells, set(numbers), less_important, output().width if width is None else width)
-    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=visible(title) or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in found.columns:
         justify: Literal["right", "left"] = "right" if column.is_number else "left"
         overflow: Literal["ellipsis", "fold"] = "ellipsis" if column.is_number else "fold"
@@ -60,13 +69,13 @@ def make_table(
 
 
 def cell_text(value: object) -> str:
-    """A cell's text: nothing for None, four significant digits for floats; never markup."""
+    """A cell's text: nothing for None, four significant digits for floats; never markup or control characters."""
     if value is None:
         return ""
     text = f"{value:.4g}" if isinstance(value, float) and abs(value) < 1e4 else str(value)
     if isinstance(value, float) and abs(value) >= 1e4:
         text = f"{value:.0f}"
-    return text.replace("[", "\\[")
+    return visible(text).replace("[", "\\[")
 
 
 def problem_text(problem: Mapping[str, Any], family: str) -> str:

@@ -141,7 +141,10 @@ def export_records(
 def import_records(
     path: Annotated[Path, typer.Argument(help="File of JSON lines to read.")], db: options.DbOption = None
 ) -> None:
-    """Add the records of a file, all or none; winners tuned here serve on."""
+    """Add the records of a file, all or none; winners tuned here serve on.
+
+    Nothing is added where a record contradicts itself, or where its kernel refuses a winner.
+    """
     from ..db.store import TuningStore
 
     if not path.exists() or path.is_dir():
@@ -149,7 +152,7 @@ def import_records(
             "the file cannot be read", {"path": str(path)}, "Name a file that `nsa-autotune db export` has written."
         )
     with TuningStore(db) as store:
-        summary = store.import_jsonl(path)
+        summary = store.import_jsonl(path, judge=db_share.judge_of(current_templates()))
     db_share.print_summary(str(path), summary)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +12,7 @@ import typer
 
 from ..errors import InvalidInput, NSAError
 from . import options
-from .console import make_table, output
+from .console import make_table, output, problem_text
 
 if TYPE_CHECKING:
     from ..db.merge import ImportSummary
@@ -47,14 +47,14 @@ def merge(
     from ..db.foreign import open_foreign
     from ..db.store import TuningStore
 
-    source = None if own else "imported"
+    source, judge = None if own else "imported", judge_of(_current_templates())
     with TuningStore(db) as store:
         if "://" not in other and other.endswith((".jsonl", ".json")):
-            summary = store.merge(_existing(other), source=source)
+            summary = store.merge(_existing(other), source=source, judge=judge)
         else:
             url = other if "://" in other else f"sqlite:///{_existing(other).absolute()}"
             with open_foreign(url) as theirs:
-                summary = store.merge(theirs, source=source)
+                summary = store.merge(theirs, source=source, judge=judge)
     print_summary(other, summary)
 
 
@@ -96,7 +96,7 @@ def verify(db: options.DbOption = None) -> None:
     from ..db.verify import verify as findings_of
 
     with TuningStore(db, import_shipped=False, read_only=True) as store:
-        findings = list(findings_of(store, _judge(_current_templates())))
+        findings = list(findings_of(store, judge_of(_current_templates())))
         place = str(store.location)
     if not findings:
         typer.echo(f"{place}: every row, reference and shipped file is as it should be")
@@ -108,20 +108,40 @@ def verify(db: options.DbOption = None) -> None:
 
 def print_summary(name: str, summary: ImportSummary) -> None:
     """What an import or merge brought, and for each conflict which winner serves."""
-    left_out = f"; {summary.shipped} shipped winners left out" if summary.shipped else ""
-    typer.echo(
-        f"{name}: {summary.winners} winners, {summary.trials} trials, {summary.designs} designs; "
-        f"{summary.kept} winners here were kept{left_out}"
-    )
+    output().print(f"{name}: {summary_text(summary)}", markup=False, soft_wrap=True)
     if not summary.conflicts:
         return
     rows = [
-        (c.gpu, c.family, c.problem_key, f"{c.here_us:.4g}", f"{c.came_us:.4g}", "came" if c.came_serves else "here")
+        (
+            c.gpu,
+            c.family,
+            problem_text(c.problem, c.family),
+            f"{c.here_us:.4g}",
+            f"{c.came_us:.4g}",
+            "came" if c.came_serves else "here",
+        )
         for c in summary.conflicts[:MAX_PRINTED]
     ]
     columns = ["gpu", "family", "problem", "here us", "came us", "serves"]
     title = f"two winners for one problem: {len(summary.conflicts)}; both measurements are kept"
     output().print(make_table(title, columns, rows, ["here us", "came us"], ["gpu"]))
+
+
+def summary_text(summary: ImportSummary) -> str:
+    """What was read, and what of it is new here, in words."""
+    if summary.is_empty:
+        return "holds no record; nothing was added"
+    known = summary.winners - summary.new - summary.replaced - summary.kept
+    parts = [
+        f"{summary.trials} trials read, {summary.new_trials} new",
+        f"{summary.designs} designs read, {summary.new_designs} new",
+        f"{summary.winners} winners read, {summary.new} new",
+    ]
+    parts += [f"{summary.replaced} of them replace the one that served here"] if summary.replaced else []
+    parts += [f"{summary.kept} of them do not serve, for the one here goes first"] if summary.kept else []
+    parts += [f"{known} of them were here already"] if known else []
+    parts += [f"{summary.shipped} shipped winners of the other program left out"] if summary.shipped else []
+    return "; ".join(parts)
 
 
 def write_t4(store: TuningStore, path: Path, gpu: str | None, family: str | None) -> None:
@@ -164,7 +184,8 @@ def _current_templates() -> dict[str, str]:
     return {family: template_digest(spec) for family, spec in all_specs().items()}
 
 
-def _judge(current: dict[str, str]) -> Callable[[WinnerRecord], str]:
+def judge_of(current: Mapping[str, str]) -> Callable[[WinnerRecord], str]:
+    """What tells why a kernel of this program would not take a winner."""
     from ..kernels import all_specs
     from ..spec import Problem
 

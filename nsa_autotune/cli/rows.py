@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InvalidInput
+from ..plain import visible
 from .console import make_table, output, write_text
 
 Row = dict[str, Any]
@@ -123,7 +124,8 @@ def _csv_text(rows: Sequence[Row], names: Sequence[str]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    for row in rows:
+        writer.writerow({name: visible(v) if isinstance(v, str) else v for name, v in row.items()})
     return text.getvalue()
 
 

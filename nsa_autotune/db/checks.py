@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
 from ..errors import StoreError
+from ..plain import has_controls
 
 STATUSES = ("ok", "same_code", "constraint", "render", "compile", "resource", "accuracy", "runtime", "timeout", "crash")
 KINDS = ("measured", "predicted")
@@ -35,7 +37,11 @@ class Rule(NamedTuple):
 
 
 def _is_text(value: object) -> bool:
-    if not isinstance(value, str) or len(value) > MAX_TEXT_CHARS or "\x00" in value:
+    return _is_message(value) and "\n" not in str(value) and "\t" not in str(value)
+
+
+def _is_message(value: object) -> bool:
+    if not isinstance(value, str) or len(value) > MAX_TEXT_CHARS or has_controls(value):
         return False
     try:
         value.encode()
@@ -133,17 +139,27 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_COLUMN_INT
 
 
-TEXT = Rule(f"a string without NUL or lone surrogates of at most {MAX_TEXT_CHARS} characters", _is_text)
-NAME = Rule(f"a string of 1 to {MAX_TEXT_CHARS} characters", lambda value: _is_text(value) and value != "")
+TEXT = Rule(f"a string without control characters or lone surrogates of at most {MAX_TEXT_CHARS} characters", _is_text)
+MESSAGE = Rule(f"{TEXT.expects}, but for newlines and tabs", _is_message)
+NAME = Rule(
+    f"a string of 1 to {MAX_TEXT_CHARS} characters, none of them for control",
+    lambda value: _is_text(value) and value != "",
+)
+FAMILY = Rule(
+    "a plain identifier such as win_attn_fwd",
+    lambda value: isinstance(value, str) and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", value) is not None,
+)
 NUMBER = Rule("a finite number, not negative", _is_number)
 POSITIVE = Rule("a finite number above 0", _is_positive)
 SHARE = Rule("a number from 0 to 1", lambda value: _is_number(value) and value <= 1)  # type: ignore[operator]
-SCALARS = Rule("an object of numbers, booleans and strings", _is_scalars)
+SCALARS = Rule("an object of numbers, booleans and strings without control characters", _is_scalars)
 
 _SHARED = {
-    "fingerprint": Rule("an object of strings with gpu and capability", _is_fingerprint),
-    "family": NAME,
-    "problem": Rule("a JSON object", lambda value: isinstance(value, dict) and _is_json(value)),
+    "fingerprint": Rule("an object of strings without control characters, with gpu and capability", _is_fingerprint),
+    "family": FAMILY,
+    "problem": Rule(
+        "a JSON object without control characters", lambda value: isinstance(value, dict) and _is_json(value)
+    ),
     "problem_key": Rule("a string with a JSON object", _is_json_object),
     "config": SCALARS,
     "template_digest": TEXT,
@@ -154,7 +170,7 @@ _SHARED = {
 TRIAL_RULES: Mapping[str, Rule] = {
     **_SHARED,
     "status": _one_of(STATUSES),
-    "reason": TEXT,
+    "reason": MESSAGE,
     "samples_us": Rule("a list of finite numbers, not negative", _is_samples),
     **{name: _or_none(NUMBER) for name in ("median_us", "p20_us", "p80_us", "max_error", "baseline_error")},
     "kind": _one_of(KINDS),

@@ -110,7 +110,7 @@ def insert_design(session: Session, record: DesignRecord) -> bool:
 
 
 def merge_design(session: Session, record: DesignRecord) -> bool:
-    """Add a design that was evaluated elsewhere; False if the one that is here already stands for the point.
+    """Add a design that was evaluated elsewhere; False if this very evaluation is here already.
 
     Of two evaluations of one point the measured one stands, then the newer one, then the one of the greater digest.
     The other is kept too, under a study of its own that names it in `set_aside`.
@@ -121,11 +121,11 @@ def merge_design(session: Session, record: DesignRecord) -> bool:
     machine = session.get_one(FingerprintRow, row.fingerprint_id)
     here = _record_of(row, machine)
     if here == record:
-        return True
-    stands, other = sorted((here, record), key=_rank, reverse=True)
-    insert_design(session, _set_aside(other))
-    if stands is here:
         return False
+    stands, other = sorted((here, record), key=_rank, reverse=True)
+    is_added = insert_design(session, _set_aside(other))
+    if stands is here:
+        return is_added
     for name in OWN_FIELDS:
         setattr(row, name, getattr(record, name))
     return True

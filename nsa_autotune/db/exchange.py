@@ -20,6 +20,7 @@ from ..spec import DEFAULT_POLICY, canonical_json
 from .checks import RACED, shorten
 from .designs import DesignRecord
 from .records import TrialRecord, WinnerRecord
+from .sense import Judge, refuse_unfit
 
 MAX_LINE_BYTES = 1_000_000
 MAX_LINES = 10_000_000
@@ -61,7 +62,7 @@ def parse_lines(content: bytes, name: str) -> list[Record]:
     return list(_records_of(io.BytesIO(content), name))
 
 
-def read_lines(path: Path) -> Generator[Record, None, None]:
+def read_lines(path: Path, judge: Judge | None = None) -> Generator[Record, None, None]:
     """The records of a file, one line in memory at a time; raise StoreError that names the first bad line."""
     try:
         if path.exists() and not path.is_file():  # a pipe or device may have no end
@@ -74,7 +75,7 @@ def read_lines(path: Path) -> Generator[Record, None, None]:
                     {"path": str(path), "bytes": size},
                     "Export one GPU or family at a time.",
                 )
-            yield from _records_of(stream, str(path))
+            yield from _records_of(stream, str(path), judge)
     except OSError as error:
         raise StoreError("the file cannot be read", {"path": str(path), "message": str(error)}) from error
 
@@ -111,7 +112,7 @@ def _subject(record: Record) -> tuple[str, str]:
     return (record.family, record.problem_key)
 
 
-def _records_of(stream: BinaryIO, name: str) -> Iterator[Record]:
+def _records_of(stream: BinaryIO, name: str, judge: Judge | None = None) -> Iterator[Record]:
     number = 0
     while line := stream.readline(MAX_LINE_BYTES + 2):  # a longer line shows by its length
         number += 1
@@ -119,7 +120,9 @@ def _records_of(stream: BinaryIO, name: str) -> Iterator[Record]:
             if number > MAX_LINES:
                 raise StoreError(f"a file must not exceed {MAX_LINES} lines", {}, "Export one GPU or family at a time.")
             if line.strip():
-                yield _parse_line(line.rstrip(b"\r\n"))
+                record = _parse_line(line.rstrip(b"\r\n"))
+                refuse_unfit(record, judge)
+                yield record
         except StoreError as error:
             raise StoreError(
                 f"line {number} of {name}: {error.rule}", error.values, error.remedy or "Nothing was imported."

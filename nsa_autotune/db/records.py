@@ -12,8 +12,10 @@ from typing import Any, ClassVar, Self
 
 from .. import __version__
 from ..errors import NSAError, StoreError
+from ..plain import visible
 from ..spec import DEFAULT_POLICY, Problem, digest
 from .checks import RACED, TRIAL_RULES, WINNER_RULES, Rule, check_fields, shorten
+from .sense import refuse_contradiction
 
 MAX_REASON_CHARS = 8000  # a compiler's whole output would swell every export
 
@@ -53,13 +55,14 @@ class _Record:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`; every field must be there, of the right type, and no other."""
+        """The inverse of `to_dict`; every field must be there, right, and at one with the rest."""
         check_fields(data, cls.RULES)
         try:
-            Problem.from_dict(data["problem"])
+            problem = Problem.from_dict(data["problem"])
         except (NSAError, TypeError, ValueError) as error:
             values = {"problem": shorten(data["problem"])}
             raise StoreError("problem must be a valid problem", values, str(error)) from error
+        refuse_contradiction(data, problem)
         lists = {name: tuple(data[name]) for name in ("samples_us", "rivals") if name in data}
         return cls(**{**data, **lists})
 
@@ -200,8 +203,9 @@ def _as_float(value: Any) -> Any:
 
 
 def _storable(text: str) -> str:
-    # compiler output may hold lone surrogates and NUL, which no database takes
-    return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\x00", "\\x00")
+    # compiler output may hold lone surrogates and NUL, which no database takes, and colours, which no file may bring
+    text = text.replace("\r\n", "\n")
+    return visible(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def _cut(text: str) -> str:

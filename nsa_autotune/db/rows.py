@@ -42,9 +42,14 @@ WINNER_FILTERS = {**_SHARED_FILTERS, "source": WinnerRow.source, "policy": Winne
 
 def insert_trial(session: Session, record: TrialRecord) -> int:
     """Add a trial and what it refers to; the id of the one that is there already if it is the same in every field."""
+    return store_trial(session, record)[0]
+
+
+def store_trial(session: Session, record: TrialRecord) -> tuple[int, bool]:
+    """As `insert_trial`, with whether the trial is new."""
     own = {name: getattr(record, name) for name in TRIAL_FIELDS}
     own["samples_us"] = list(record.samples_us)
-    return _intern(session, TrialRow, record.check().digest, **_references(session, record), **own)
+    return _find_or_add(session, TrialRow, record.check().digest, **_references(session, record), **own)
 
 
 def upsert_winner(session: Session, record: WinnerRecord, origin: str = "", *, merging: bool = False) -> bool:
@@ -209,22 +214,29 @@ def _references(session: Session, record: TrialRecord | WinnerRecord) -> dict[st
 
 
 def _intern(
+    session: Session, table: type[FingerprintRow] | type[ProblemRow] | type[VariantRow], digest: str, **values: object
+) -> int:
+    """The id of the row with this natural key, inserted if it is absent."""
+    return _find_or_add(session, table, digest, **values)[0]
+
+
+def _find_or_add(
     session: Session,
     table: type[FingerprintRow] | type[ProblemRow] | type[VariantRow] | type[TrialRow],
     digest: str,
     **values: object,
-) -> int:
-    """The id of the row with this natural key, inserted if it is absent."""
+) -> tuple[int, bool]:
+    """The id of the row with this natural key, and whether it was absent and is inserted."""
     found = session.scalar(select(table.id).where(table.digest == digest))
     if found is not None:
-        return found
+        return found, False
     row = table(digest=digest, **values)
     try:
         with session.begin_nested():
             session.add(row)
     except IntegrityError:  # another process was first
-        return session.scalars(select(table.id).where(table.digest == digest)).one()
-    return row.id
+        return session.scalars(select(table.id).where(table.digest == digest)).one(), False
+    return row.id, True
 
 
 def _winner_of_row(session: Session, row: WinnerRow) -> WinnerRecord:

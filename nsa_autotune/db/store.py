@@ -34,6 +34,7 @@ from .paths import chosen_url, shipped_files
 from .query import query_rows
 from .records import TrialRecord, WinnerRecord
 from .rows import insert_trial, read_predictions, read_trials, read_winners, upsert_winner
+from .sense import Judge
 
 PREDICTIONS = 16  # of a problem that are worth a look: not all of them run everywhere
 
@@ -239,22 +240,27 @@ class TuningStore:
         write_atomically(Path(path), format_lines(found))
         return len(found)
 
-    def import_jsonl(self, path: str | Path, *, source: str | None = "imported") -> ImportSummary:
+    def import_jsonl(
+        self, path: str | Path, *, source: str | None = "imported", judge: Judge | None = None
+    ) -> ImportSummary:
         """Add all records of a file, or none; StoreError names a bad line. `merge` has the rules.
 
         Winners get `source`; None keeps what the file says, to restore a copy of one's own database.
+        `judge` knows the rules of kernels.
         """
-        return merge_file(self, Path(path), source)
+        return merge_file(self, Path(path), source, judge)
 
-    def merge(self, other: TuningStore | Path, *, source: str | None = "imported") -> ImportSummary:
+    def merge(
+        self, other: TuningStore | Path, *, source: str | None = "imported", judge: Judge | None = None
+    ) -> ImportSummary:
         """Add all records of another store or export, or none: the same result in any order and however often.
 
         Winners get `source`; None keeps their own, where both databases are one's own. Its shipped winners stay out.
         Two winners of one key keep both measurements, and `rows.serving_rank` says which serves.
         """
         if isinstance(other, Path):
-            return merge_file(self, other, source, skip_shipped=True)
-        return merge_store(self, other, source)
+            return merge_file(self, other, source, judge, skip_shipped=True)
+        return merge_store(self, other, source, judge)
 
     def transaction(self, *, write: bool = False) -> AbstractContextManager[Session]:
         """One transaction for other modules of db, with errors as StoreError."""

@@ -20,9 +20,8 @@ from .models import FingerprintRow, ProblemRow, ShippedFileRow, VariantRow
 from .paths import shipped_files
 from .records import WinnerRecord
 from .scan import BATCH, FOREIGN_FAULTS, scan
+from .sense import Judge
 from .store import TuningStore
-
-Judge = Callable[[WinnerRecord], str]  # what is wrong with a winner, empty if nothing
 
 
 @dataclass(frozen=True)

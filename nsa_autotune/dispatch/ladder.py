@@ -62,13 +62,14 @@ class Choice:
 
 
 SIZES = ("seq_q", "seq_k", "batch", "num_q_heads", "num_kv_heads")
+MAX_SIZE = 2**63  # no size of a problem is as large
 SAME = ("d_qk", "d_v", "dtype")  # a config tuned for other head dims or dtypes says little
 
 
 def distance(spec: KernelSpec, problem: Problem, key: str) -> float:
     """Steps between a problem and a tuned one: octaves in size, plus one for every other difference; inf if alien."""
     wanted = json.loads(spec.problem_key(problem))
-    tuned = json.loads(key)
+    tuned = _fields_of(key)
     if set(wanted) != set(tuned) or any(wanted.get(name) != tuned.get(name) for name in SAME):
         return math.inf
     total = 0.0
@@ -83,6 +84,19 @@ def distance(spec: KernelSpec, problem: Problem, key: str) -> float:
         group = wanted["num_q_heads"] / wanted["num_kv_heads"]
         total += 2 * abs(math.log2(group * tuned["num_kv_heads"] / tuned["num_q_heads"]))
     return total
+
+
+def _fields_of(key: str) -> dict[str, Any]:
+    """What a stored key says; nothing if no program of ours could have written it."""
+    try:
+        found = json.loads(key)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    counts = [found[name] for name in SIZES if name in found]
+    whole = all(type(count) is int and 0 < count < MAX_SIZE for count in counts)
+    return found if whole and isinstance(found.get("locality", 0.0), int | float) else {}
 
 
 def choose(

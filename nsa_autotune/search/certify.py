@@ -98,7 +98,8 @@ def settle(first: Sequence[Raced], second: Sequence[Raced], default: Config) -> 
     if is_contradicted(verdict.config, second):
         both = judge(pooled(first, second), default)
         return (both or verdict), "provisional"
-    return verdict, "confirmed"
+    raced_alone = not verdict.rivals and verdict.config != default  # nothing speaks for it but that it runs
+    return verdict, "provisional" if raced_alone else "confirmed"
 
 
 def _compare_all(timed: Mapping[str, Raced], base: str) -> dict[str, Comparison]:

@@ -6,6 +6,9 @@ import random
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
+from sqlalchemy import update
+
+from nsa_autotune.db.models import ProblemRow, VariantRow
 from nsa_autotune.db.records import TrialRecord, WinnerRecord
 from nsa_autotune.db.store import TuningStore
 from nsa_autotune.kernels import get_spec
@@ -132,5 +135,8 @@ def fill(store: TuningStore, count: int = 60) -> None:
         store.add_trials(search_records(family, problem, count, policy=policy))
         store.set_winner(winner_record(family, problem, policy=policy, median_us=problem.seq_q / 5, **NO_LIBRARY))
     store.set_winner(winner_record("gate_sum_fwd", median_us=250.0, rivals=(), **NO_LIBRARY))
-    store.set_winner(hostile_winner())
-    store.add_trials([replace(r, family=HOSTILE, reason=HOSTILE) for r in search_records(count=count // 2)])
+    store.set_winner(replace(hostile_winner(), family="hostile"))
+    store.add_trials([replace(r, family="hostile", reason=HOSTILE) for r in search_records(count=count // 2)])
+    with store.transaction(write=True) as session:  # as earlier versions took them
+        for table in (ProblemRow, VariantRow):
+            session.execute(update(table).where(table.family == "hostile").values(family=HOSTILE))

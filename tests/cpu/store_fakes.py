@@ -8,12 +8,14 @@ from typing import Any
 
 from sqlalchemy import delete
 
+from nsa_autotune.bench.timing import summarize
 from nsa_autotune.db import TrialRecord, TuningStore, WinnerRecord
 from nsa_autotune.db.designs import DesignRecord
 from nsa_autotune.db.models import Base
 from nsa_autotune.spec import Problem, canonical_json
 
 EXAMPLES = int(os.environ.get("HYPOTHESIS_EXAMPLES", "100"))  # that a property is tried on
+RIVAL = {"config": {"BLOCK_M": 16}, "tied": False, "blocks": 30, "log_ratio": 0.1, "low": 0.09, "high": 0.11}
 H100 = {"gpu": "NVIDIA H100", "capability": "9.0", "driver": "570", "torch": "2.11", "triton": "3.6"}
 
 
@@ -35,14 +37,22 @@ def make_trial(**changes: Any) -> TrialRecord:
         "created": "2025-03-01T10:00:00.000000+00:00",
         "tool_version": "0.1.0",
     }
-    return TrialRecord(**{**values, **changes})
+    return TrialRecord(**{**values, **changes, **times_of(changes)})
 
 
 def make_winner(**changes: Any) -> WinnerRecord:
     """A winner of the same problem."""
     trial, names = make_trial(), [f.name for f in fields(WinnerRecord)]
     values = {name: getattr(trial, name) for name in names if hasattr(trial, name)}
-    return WinnerRecord(**{**values, **changes})
+    rivals = (RIVAL,) if changes.get("verdict") == "confirmed" else ()
+    return WinnerRecord(**{**values, "rivals": rivals, **changes, **times_of(changes)})
+
+
+def times_of(changes: dict[str, Any]) -> dict[str, Any]:
+    """Samples and what the timer makes of them, where a test names good ones of either."""
+    samples = changes.get("samples_us", () if changes.get("median_us") in (None, 11.0) else (changes["median_us"],))
+    good = samples and all(0 < sample < float("inf") for sample in samples)
+    return vars(summarize(samples)) if good else {}
 
 
 def make_design(**changes: Any) -> DesignRecord:

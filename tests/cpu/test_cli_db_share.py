@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from cpu.store_fakes import RIVAL
 
 from nsa_autotune.cli import db_share
 from nsa_autotune.cli.app import main
@@ -18,7 +19,7 @@ from nsa_autotune.codegen.render import template_digest
 from nsa_autotune.db import TrialRecord, TuningStore, WinnerRecord
 from nsa_autotune.errors import InvalidInput
 from nsa_autotune.kernels import get_spec
-from nsa_autotune.spec import Problem
+from nsa_autotune.spec import Problem, canonical_json
 
 FINGERPRINT = {"gpu": "Test GPU", "capability": "9.0", "driver": "1", "cuda": "13.0", "torch": "2.11", "triton": "3.6"}
 SPEC = get_spec("win_attn_fwd")
@@ -80,10 +81,13 @@ def database(path: Path, *records: WinnerRecord | TrialRecord) -> str:
 
 def test_merge_says_which_winner_serves(run: Run, here: str, tmp_path: Path) -> None:
     other = tmp_path / "other.sqlite"
-    database(other, make_winner(100.0, verdict="confirmed"), make_winner(5.0, template_digest="t2"), make_trial())
+    confirmed = make_winner(100.0, verdict="confirmed", rivals=(RIVAL,))
+    database(other, confirmed, make_winner(5.0, template_digest="t2"), make_trial())
     code, out, err = run("db", "merge", str(other), "--db", here)
     assert (code, err) == (0, "")
-    assert "1 winners, 1 trials, 0 designs; 1 winners here were kept" in out
+    assert "1 trials read, 1 new; 0 designs read, 0 new; 2 winners read, 1 new" in out
+    assert "1 of them do not serve, for the one here goes first" in out
+    assert "T 8192 HQ 64 H 4 d 128 bfloat16" in out and "{" not in out, "problems in words"
     assert "both measurements are kept" in out and "120 100 here" in out
     code, out, _ = run("db", "merge", f"sqlite:///{other}", "--own", "--db", here)
     assert code == 0 and "came" in out.split()
@@ -97,10 +101,69 @@ def test_merge_takes_an_export(run: Run, here: str, tmp_path: Path) -> None:
     assert run("db", "export", str(export), "--records", "all", "--db", here)[0] == 0
     fresh = f"sqlite:///{tmp_path}/fresh.sqlite"
     code, out, _ = run("db", "merge", str(export), "--db", fresh)
-    assert code == 0 and "1 winners" in out
+    assert code == 0 and "1 winners read, 1 new" in out
     export.write_text(export.read_text().replace('"median_us":120.0', '"median_us":NaN'))
     code, out, err = run("db", "merge", str(export), "--db", fresh)
     assert code == 2 and "line 1" in err and "NaN is not JSON" in err and "Nothing was imported" in err
+
+
+def test_an_import_again_has_nothing_new(run: Run, here: str, tmp_path: Path) -> None:
+    export = tmp_path / "all.jsonl"
+    database(tmp_path / "here.sqlite", make_trial())
+    assert run("db", "export", str(export), "--records", "all", "--db", here)[0] == 0
+    code, out, _ = run("db", "import", str(export), "--db", here)
+    assert code == 0 and out.endswith(
+        "all.jsonl: 1 trials read, 0 new; 0 designs read, 0 new; 1 winners read, 0 new; 1 of them were here already"
+    )
+    export.write_text("\n")
+    assert run("db", "import", str(export), "--db", here)[:2] == (0, f"{export}: holds no record; nothing was added")
+
+
+@pytest.mark.parametrize("command", ["import", "merge"])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"config": {"NOPE": 1}}, "is missing"),
+        ({"config": {**make_winner().config, "num_warps": "__import__('os')"}}, "num_warps"),
+        ({"config": {**make_winner().config, "num_warps": 4.0}}, "num_warps=4.0"),
+        ({"problem_key": '{"seq_k":8192}'}, "the problem's key is"),
+    ],
+    ids=["unknown", "code", "float", "key"],
+)
+def test_winners_that_their_kernel_refuses_stay_out(
+    run: Run, here: str, tmp_path: Path, command: str, changes: dict[str, object], words: str
+) -> None:
+    other, export = tmp_path / "other.sqlite", tmp_path / "other.jsonl"
+    bad = make_winner(1.0, **changes)
+    url, before = database(other, make_winner(template_digest="t2"), bad), run("db", "query", "--db", here)
+    assert run("db", "export", str(export), "--db", url)[0] == 0
+    for source in (export, other) if command == "merge" else (export,):
+        code, _, err = run("db", command, str(source), "--db", here)
+        assert code == 2 and words in err and SPEC.family in err and "Nothing was" in err
+    assert run("db", "query", "--db", here) == before
+    assert words in run("db", "verify", "--db", url)[1]
+
+
+def test_what_is_unknown_stays_as_data(run: Run, here: str, tmp_path: Path) -> None:
+    newer = make_winner(1.0, family="no_such_family", config={"NOPE": 1})
+    database(tmp_path / "other.sqlite", newer, make_winner(1.0, template_digest="t9", config={"OLD": 1}))
+    assert run("db", "merge", str(tmp_path / "other.sqlite"), "--db", here)[0] == 0
+    assert run("db", "verify", "--db", here)[0] == 0
+    for asked in ("db query", "db stats", "db stats --show stale --now triton=9", "doctor"):
+        assert run(*asked.split(), "--db", here)[0] == 0
+    with TuningStore(here) as store:
+        assert [w.median_us for w in store.winners(template_digest=template_digest(SPEC))] == [1.0, 120.0]
+
+
+def test_control_characters_of_a_database_are_written_out(run: Run, here: str, tmp_path: Path) -> None:
+    spoilt = {**FINGERPRINT, "gpu": "\x1b[2Jcleared"}
+    with closing(sqlite3.connect(tmp_path / "here.sqlite")) as plain:  # an earlier version took such names
+        values = [spoilt["gpu"], canonical_json(spoilt)]
+        plain.execute("UPDATE nsa_fingerprints SET gpu = ?, facts = ?", values)
+        plain.commit()
+    for asked in ("doctor", "db query", "db query --format csv", "db query --format json", "db verify"):
+        _, out, err = run(*asked.split(), "--db", here)
+        assert "[2Jcleared" in out and "\x1b" not in out + err, asked
 
 
 def test_merge_of_nothing(run: Run, here: str, tmp_path: Path) -> None:
@@ -130,7 +193,12 @@ def test_verify_tells_by_its_exit_code(run: Run, here: str, tmp_path: Path) -> N
     misplaced = make_winner(problem_key='{"seq_k":1}')
     database(tmp_path / "here.sqlite", illegal, misplaced, make_winner(template_digest="t0", config={"old": 1}))
     code, out, _ = run("db", "verify", "--db", here)
-    assert code == 1 and "2 findings" in out and "num_warps=3" in out and "the problem's key is" in out
+    assert (
+        code == 1
+        and "2 findings" in out
+        and "num_warps=3" in out
+        and "problem_key must hold fields of the problem" in out
+    )
     with closing(sqlite3.connect(tmp_path / "here.sqlite")) as plain:
         plain.execute("UPDATE nsa_winners SET median_us = -1")
         plain.commit()

@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+from cpu.store_fakes import times_of
 
 from nsa_autotune.config import NSAConfig
 from nsa_autotune.db import TrialRecord, TuningStore, WinnerRecord
@@ -51,7 +52,7 @@ def make_trial(**changes: object) -> TrialRecord:
         "created": "2025-03-01T10:00:00.000000+00:00",
         "tool_version": "0.1.0",
     }
-    return TrialRecord(**{**values, **changes})  # type: ignore[arg-type]
+    return TrialRecord(**{**values, **changes, **times_of(changes)})  # type: ignore[arg-type]
 
 
 def make_winner(**changes: object) -> WinnerRecord:
@@ -64,7 +65,7 @@ def make_winner(**changes: object) -> WinnerRecord:
         "library": "sdpa",
         "library_median_us": 33.0,
     }
-    return WinnerRecord(**{**values, **changes})
+    return WinnerRecord(**{**values, **changes, **times_of(changes)})
 
 
 @pytest.fixture(params=["memory", "file"])
@@ -373,8 +374,9 @@ def test_jsonl_round_trip(filled: TuningStore, other: TuningStore, tmp_path: Pat
     lines = first.read_text().splitlines()
     assert [json.loads(line)["record"] for line in lines] == ["trial"] * 3 + ["winner"] * 3
     assert all(line == canonical_json(json.loads(line)) for line in lines)
-    for _ in range(2):  # a second time adds nothing
-        assert other.import_jsonl(first, source=None) == ImportSummary(winners=3, kept=0, trials=3)
+    for again in range(2):  # a second time adds nothing
+        new = {"new": 0, "new_trials": 0} if again else {"new": 3, "new_trials": 3}
+        assert other.import_jsonl(first, source=None) == ImportSummary(winners=3, trials=3, **new)
     assert other.winners() == filled.winners()
     for kind in ("measured", "predicted"):
         assert {t.digest for t in other.trials(kind=kind)} == {t.digest for t in filled.trials(kind=kind)}
@@ -406,7 +408,7 @@ def test_import_marks_winners_and_keeps_local_ones(store: TuningStore, tmp_path:
     foreign = make_winner(median_us=1.0)
     path.write_text(f"{format_line(foreign)}\n{format_line(make_winner(template_digest='t2'))}\n")
     store.set_winner(make_winner())
-    assert store.import_jsonl(path) == ImportSummary(winners=1, kept=1, trials=0)
+    assert store.import_jsonl(path) == ImportSummary(winners=2, new=1, kept=1)
     assert {(w.template_digest, w.source, w.median_us) for w in store.winners()} == {
         ("t1", "local", 11.0),
         ("t2", "imported", 11.0),
@@ -458,6 +460,23 @@ def without(name: str) -> Callable[[], bytes]:
         pytest.param(changed(problem={**PROBLEM.to_dict(), "nsa": 5}), id="problem-nsa"),
         pytest.param(changed(family="\ud800"), id="surrogate"),
         pytest.param(changed(family="a\x00b"), id="nul"),
+        pytest.param(changed(family="../../etc/passwd"), id="family-path"),
+        pytest.param(changed(fingerprint={**H100, "gpu": "\x1b[2J"}), id="escape-gpu"),
+        pytest.param(changed(config={"order\x1b]0;": "union"}), id="escape-config"),
+        pytest.param(changed(config={"order": "a\nb"}), id="newline-config"),
+        pytest.param(changed(library="\x9b31m"), id="escape-c1"),
+        pytest.param(changed(tool_version="\u202e1.0"), id="direction"),
+        pytest.param(changed(problem_key='{"locality":0.0,"seq_q":0}'), id="key-zero"),
+        pytest.param(changed(problem_key='{"locality":0.0,"seq_q":"x"}'), id="key-text"),
+        pytest.param(changed(problem_key='{"locality":0.0,"seq_q":[1]}'), id="key-array"),
+        pytest.param(changed(problem_key='{"locality": 0.0, "seq_q": 8192}'), id="key-spaces"),
+        pytest.param(changed(problem_key='{"locality":0,"seq_q":8192}'), id="key-number"),
+        pytest.param(changed(problem_key='{"colour":1}'), id="key-unknown"),
+        pytest.param(changed(problem_key='{"nsa":{"window_size":1}}'), id="key-constant"),
+        pytest.param(changed(problem_key='{"nsa":5}'), id="key-constants"),
+        pytest.param(changed(median_us=1e-300, p20_us=1e-300, p80_us=1e-300), id="time-of-no-sample"),
+        pytest.param(changed(p80_us=13.0), id="percentile-of-no-sample"),
+        pytest.param(changed(verdict="confirmed"), id="confirmed-against-nothing"),
         pytest.param(changed(samples_us=[]), id="no-samples"),
         pytest.param(changed(samples_us="123"), id="samples-text"),
         pytest.param(changed(created="2025-03-01"), id="no-time-zone"),

@@ -28,7 +28,6 @@ NUMBERS = st.sampled_from([1.0, 2.0, 3.0])
 WINNERS = st.builds(
     lambda key, us, config, created, verdict, source: make_winner(
         template_digest=key,
-        median_us=us,
         samples_us=(us, us + 0.25),
         config={"BLOCK_M": config},
         created=created,
@@ -161,7 +160,8 @@ def test_who_serves(
     assert {t.samples_us for t in store.trials()} == {(5.0,), (4.0,)}
     (conflict,) = summary.conflicts
     assert (conflict.here_us, conflict.came_us, conflict.came_serves) == (5.0, 4.0, serves == "came")
-    assert (summary.winners, summary.kept) == ((0, 1) if serves == "here" else (1, 0))
+    assert (summary.winners, summary.new) == (1, 0)
+    assert (summary.kept, summary.replaced) == ((1, 0) if serves == "here" else (0, 1))
 
 
 def test_winners_that_differ_in_nothing_but_time_serve_alike_in_any_order(
@@ -238,3 +238,31 @@ def test_records_of_the_future_are_refused(store: TuningStore, tmp_path: Path) -
     with pytest.raises(StoreError, match="future"):
         store.import_jsonl(path)
     assert contents(store) == []
+
+
+def test_an_import_leaves_a_shipped_winner_that_it_brings_again(
+    store: TuningStore, other: TuningStore, tmp_path: Path
+) -> None:
+    path = tmp_path / "own.jsonl"
+    store.set_winner(make_winner(source="shipped"))
+    store.export_jsonl(path)
+    summary = store.import_jsonl(path)
+    assert (summary.winners, summary.new, summary.replaced, summary.kept) == (1, 0, 0, 0)
+    assert [w.source for w in store.winners()] == ["shipped"] and store.trials() == []
+    other.set_winner(make_winner(source="shipped", median_us=9.0))
+    other.import_jsonl(path)
+    assert [(w.source, w.median_us) for w in other.winners()] == [("imported", 11.0)], "another one came"
+
+
+def test_counts_say_what_is_new(store: TuningStore, other: TuningStore) -> None:
+    one, two = make_design(), make_design(latency_us=20.0, created="2024-01-01T00:00:00+00:00")
+    fill(other, [one, make_trial(), make_trial(median_us=2.0), make_winner()])
+    store.add_trial(make_trial())
+    found = store.merge(other)
+    assert (found.trials, found.new_trials, found.designs, found.new_designs) == (2, 1, 1, 1)
+    assert (found.winners, found.new, found.is_empty) == (1, 1, False)
+    found = store.merge(other)
+    assert (found.new_trials, found.new_designs, found.new, found.replaced, found.kept) == (0, 0, 0, 0, 0)
+    fill(other, [two])
+    assert [store.merge(other).new_designs for _ in range(2)] == [1, 0], "an older evaluation is set aside once"
+    assert store.merge(fill(other, [])).is_empty

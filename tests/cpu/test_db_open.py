@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from cpu.store_fakes import times_of
 
 from nsa_autotune.db import TrialRecord, TuningStore, WinnerRecord, migrate, open_for_lookup, paths
 from nsa_autotune.db import store as store_module
@@ -82,7 +83,7 @@ def make_winner(**changes: object) -> WinnerRecord:
         "samples_us": (10.0, 11.0, 12.0),
         "created": "2025-03-01T10:00:00+00:00",
     }
-    return WinnerRecord(**{**values, **changes})  # type: ignore[arg-type]
+    return WinnerRecord(**{**values, **changes, **times_of(changes)})  # type: ignore[arg-type]
 
 
 def make_trial(number: int = 0) -> TrialRecord:

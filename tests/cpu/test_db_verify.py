@@ -39,7 +39,7 @@ def test_a_good_database_has_no_findings(path: Path) -> None:
 @pytest.mark.parametrize(
     ("statement", "words"),
     [
-        ("UPDATE nsa_trials SET median_us = 5 WHERE id = 2", ["nsa_trials 2", "the digest is"]),
+        ("UPDATE nsa_trials SET tool_version = '5' WHERE id = 2", ["nsa_trials 2", "the digest is"]),
         ("UPDATE nsa_trials SET status = 'fine' WHERE id = 2", ["nsa_trials 2", "status must be one of"]),
         ("UPDATE nsa_trials SET samples_us = 'x' WHERE id = 1", ["nsa_trials 1", "cannot be read"]),
         ("UPDATE nsa_winners SET p20_us = -1", ["nsa_winners 1", "p20_us must be"]),

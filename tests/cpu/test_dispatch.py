@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +23,7 @@ from nsa_autotune.db.records import TrialRecord, WinnerRecord
 from nsa_autotune.db.store import TuningStore
 from nsa_autotune.dispatch.dispatcher import Dispatcher, tune_command
 from nsa_autotune.dispatch.fingerprint import Fingerprint, current, for_target
-from nsa_autotune.dispatch.ladder import Step, choose, distance
+from nsa_autotune.dispatch.ladder import Step, choose, choose_predicted, distance
 from nsa_autotune.errors import InvalidInput, InvalidProblem, KernelError, NotTuned
 from nsa_autotune.kernels import all_specs, get_spec
 from nsa_autotune.search.presets import tuning_problems
@@ -94,6 +96,34 @@ RUNGS = [
     (Step.NEAREST, winner(2, LONGER)),
     (Step.ARCHITECTURE, winner(1, at=COUSIN)),
 ]
+
+
+WRONG_KEYS = ["not json", "[1]", "5", "{}", "[" * 5000]
+WRONG_FIELDS = [{"locality": "x"}, *({"seq_k": value} for value in (0, -1, "x", [1], 1.5, True, 10**400))]
+
+
+@pytest.mark.parametrize("wrong", [*WRONG_KEYS, *WRONG_FIELDS], ids=lambda wrong: str(wrong)[:20])
+def test_a_key_that_nobody_could_have_tuned_is_passed_over(wrong: str | dict[str, object]) -> None:
+    spec = get_spec("slc_attn_fwd")
+    fields = json.loads(spec.problem_key(PROBLEM))
+    key = wrong if isinstance(wrong, str) else json.dumps({**fields, **wrong})
+    facts = {"fingerprint": HERE.to_dict(), "problem": PROBLEM.to_dict(), "policy": DEFAULT_POLICY}
+    facts |= {"config": spec.default_config(PROBLEM), "template_digest": "t"}
+    bad = SimpleNamespace(**facts, problem_key=key, status="ok", predicted_us=1.0, created="")
+    good = SimpleNamespace(**facts, problem_key=spec.problem_key(LONGER), status="ok", predicted_us=1.0, created="")
+    assert distance(spec, PROBLEM, key) == math.inf
+    assert choose(spec, PROBLEM, [bad, good], HERE, "t").tuned_key == good.problem_key
+    for guess in (bad, good):
+        guess.fingerprint = {**HERE.to_dict(), "gpu": "target cuda:90"}
+    found = choose_predicted(spec, PROBLEM, [bad, good], HERE, "t")
+    assert found is not None and found.tuned_key == good.problem_key
+
+
+@pytest.mark.parametrize("value", [4.0, "4", True, [4]], ids=str)
+def test_a_value_of_another_type_is_no_value_of_a_parameter(value: object) -> None:
+    odd = FakeWinner(PROBLEM.to_dict(), {**config(), "num_warps": value})  # type: ignore[dict-item]
+    assert "num_warps" in str(SPEC.broken_constraint(PROBLEM, odd.config))
+    assert choose(SPEC, PROBLEM, [odd], HERE, DIGEST).step is Step.DEFAULT
 
 
 @pytest.mark.parametrize("best", range(len(RUNGS)), ids=[step.name.lower() for step, _ in RUNGS])

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "nsa_autotune"
 ROWS = (
-    ("errors", "config", "layout", "dense", "reference", "paged", "paged_append", "gradients", "spec"),
+    ("errors", "config", "layout", "dense", "reference", "paged", "paged_append", "gradients", "plain", "spec"),
     ("codegen", "db"),
     ("kernels",),
     ("bench", "dispatch"),

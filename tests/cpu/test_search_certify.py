@@ -48,6 +48,13 @@ def store() -> Iterator[TuningStore]:
         yield opened
 
 
+def test_a_winner_that_raced_nobody_is_confirmed_only_as_the_default() -> None:
+    for config, outcome in ((DEFAULT, "confirmed"), (warps(DEFAULT["num_warps"] * 2), "provisional")):  # type: ignore[operator]
+        alone = [(config, result) for _, result in simulate({1: 100.0}, 0)]
+        settled = settle(alone, alone, DEFAULT)
+        assert settled is not None and settled[0].config == config and settled[1] == outcome
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_the_faster_config_wins_and_slower_ones_are_not_tied(seed: int) -> None:
     verdict = judge(simulate({1: 103.0, 2: 100.0, 8: 120.0}, seed), DEFAULT)
