@@ -91,7 +91,7 @@ def query(
     _check_choices(status, kind)
     check_output(style, out)
     chosen = table or (Table.trials if status or kind else Table.winners)
-    with TuningStore(db) as store:
+    with TuningStore(db, must_exist=True) as store:
         rows = store.query(
             gpu=gpu,
             family=family,
@@ -129,7 +129,7 @@ def export_records(
     from ..db.store import TuningStore
 
     kinds = ("winner",) if records is Records.winners else tuple(RECORD_TYPES)
-    with TuningStore(db) as store:
+    with TuningStore(db, must_exist=True) as store:
         if style is FileFormat.t4:
             db_share.write_t4(store, path, gpu, family)
             return

@@ -85,7 +85,7 @@ def prune(
 
     before = None if older_than is None else parse_age(older_than, datetime.now(UTC))
     asked = pruning.Pruning(before, stale, failed, predicted, family, template, gpu, fingerprint)
-    with TuningStore(db) as store:
+    with TuningStore(db, must_exist=True) as store:
         found = pruning.prune(store, asked, _current_templates(), dry_run=dry_run)
     _print_pruned(found, dry_run)
 
@@ -95,7 +95,7 @@ def verify(db: options.DbOption = None) -> None:
     from ..db.store import TuningStore
     from ..db.verify import verify as findings_of
 
-    with TuningStore(db, import_shipped=False, read_only=True) as store:
+    with TuningStore(db, import_shipped=False, read_only=True, must_exist=True) as store:
         findings = list(findings_of(store, _judge(_current_templates())))
         place = str(store.location)
     if not findings:

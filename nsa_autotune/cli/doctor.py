@@ -36,7 +36,7 @@ def doctor(db: options.DbOption = None) -> None:
 
     output().print(make_table("this machine", ("what", "found"), [*machine_facts(), *gpu_facts()]))
     try:
-        with TuningStore(db) as store:
+        with TuningStore(db, must_exist=True) as store:
             output().print(make_table("database", ("what", "found"), database_facts(store)))
             _print_winners(store.winners())
             print_drift(store)

@@ -27,7 +27,7 @@ def report(
 
     if out.exists() and not out.is_dir():
         raise InvalidInput("--out is a folder", {"--out": str(out)}, "Name a folder; index.html is written into it.")
-    with TuningStore(db) as store:
+    with TuningStore(db, must_exist=True) as store:
         found = build_report(store, gpu=gpu, benches=tuple(bench or ()))
     page = write_page(out, render_page(found))
     counts = f"{len(found.winners)} winners, {len(found.searches)} searches, {len(found.speedups)} speed-ups"
@@ -47,7 +47,7 @@ def studies(
 
     if family is not None:
         get_spec(family)
-    with TuningStore(db) as store:
+    with TuningStore(db, must_exist=True) as store:
         groups = group_trials(store.trials(gpu=gpu, family=family))
     written = write_studies(path, groups)
     typer.echo(f"{path}: {len(written)} studies, {sum(study.num_trials for study in written)} trials")

@@ -54,7 +54,7 @@ def ship(
     def report(text: str) -> None:
         messages.print(f"no binary: {text}", markup=False, soft_wrap=True)
 
-    with TuningStore(db) as store:
+    with TuningStore(db, must_exist=True) as store:
         made = make_package(store, order, out, report)
     if made.stale:
         messages.print(f"{made.stale} winners of changed templates are left out", markup=False)

@@ -28,7 +28,7 @@ Problem = Mapping[str, object]
 
 
 class TuningDatabase:
-    """Questions to a database; it only reads. Open one by URL, or ask a TuningStore, which then stays open.
+    """Questions to a database; it only reads. Open an existing one by URL, or ask a TuningStore, which stays open.
 
     Rows are dicts of texts, numbers, booleans and None, the same names in all rows of an answer, ready for
     pandas.DataFrame. Shared arguments: `gpu` is a part of the name in any case; `problem` holds values of problem
@@ -41,7 +41,7 @@ class TuningDatabase:
         self, database: str | TuningStore | None = None, *, current_templates: Mapping[str, str] | None = None
     ) -> None:
         self._owns = not isinstance(database, TuningStore)
-        self.store = database if isinstance(database, TuningStore) else TuningStore(database)
+        self.store = database if isinstance(database, TuningStore) else TuningStore(database, must_exist=True)
         self.current_templates = current_templates
 
     def __enter__(self) -> Self:

@@ -12,9 +12,9 @@ from ..errors import StoreError
 from .checks import shorten
 from .engine import connect_read_only, parse_location, store_errors
 from .migrate import VERSION_TABLE, head_revision
+from .place import OURS
 from .store import TuningStore
 
-OURS = "nsa_"  # how the names of our tables begin
 MAX_FAULTS = 20  # that a check of a whole file lists
 
 

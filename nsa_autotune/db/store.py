@@ -31,6 +31,7 @@ from .merge import ImportSummary, add_records, merge_file, merge_store
 from .migrate import ensure_schema, lock_setup
 from .models import ShippedFileRow, WinnerRow
 from .paths import chosen_url, shipped_files
+from .place import check_place
 from .query import query_rows
 from .records import TrialRecord, WinnerRecord
 from .rows import insert_trial, read_predictions, read_trials, read_winners, upsert_winner
@@ -46,11 +47,14 @@ class TuningStore:
     Every write is one transaction: it is there whole or not at all. Several processes may write at once; threads of
     one process may share a store; a forked child must open its own. Every method raises StoreError when the database
     is damaged, busy for 30 seconds, full or read-only. An existing file that may not be written is opened for reading,
-    and so is every database with `read_only`.
+    and so is every database with `read_only`. With `must_exist` a file that `url` names is not made anew.
     """
 
-    def __init__(self, url: str | None = None, *, import_shipped: bool = True, read_only: bool = False) -> None:
+    def __init__(
+        self, url: str | None = None, *, import_shipped: bool = True, read_only: bool = False, must_exist: bool = False
+    ) -> None:
         self.location = parse_location(chosen_url(url))
+        check_place(self.location, must_exist=must_exist and url is not None)
         self.read_only = read_only or is_read_only(self.location)
         self._lock = threading.RLock()
         self._closed = False

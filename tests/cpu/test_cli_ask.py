@@ -213,3 +213,21 @@ def test_worth_names_the_evaluator_and_the_evidence(ask: Ask, url: str) -> None:
     code, _, err = ask("stats", "--show", "worth", "--family", family)
     assert code == 2 and "one problem on one GPU" in err
     assert ask("stats", "--show", "worth", "--family", family, "--problem", "seq_k=8k")[0] == 0
+
+
+READING = [
+    *(("db", name) for name in ("best", "query", "compare", "history", "stats", "verify")),
+    ("db", "sql", "SELECT 1"), ("db", "export", "out"), ("db", "studies", "out"), ("db", "prune", "--failed"),
+    ("report", "--out", "out"), ("ship", "--gpu", "H100", "--out", "out"), ("doctor",), ("replay",), ("cover",),
+    ("recertify", "--dry-run"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", READING, ids=" ".join)
+def test_what_only_reads_makes_no_database(
+    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*arguments, "--db", "sqlite:///typo/tuning.sqlite"]) == 2
+    assert "there is no such database" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -137,7 +137,7 @@ def test_verify_tells_by_its_exit_code(run: Run, here: str, tmp_path: Path) -> N
     code, out, _ = run("db", "verify", "--db", here)
     assert code == 1 and "3 findings" in out and "median_us must be" in out
     code, _, err = run("db", "verify", "--db", f"sqlite:///{tmp_path}/none.sqlite")
-    assert code == 2 and "cannot be opened" in err and not (tmp_path / "none.sqlite").exists()
+    assert code == 2 and "no such database" in err and not (tmp_path / "none.sqlite").exists()
 
 
 def test_export_in_t4(run: Run, here: str, tmp_path: Path) -> None:

@@ -326,6 +326,7 @@ def test_sql_refuses_what_is_no_question(tmp_path: Path, memory: bool, statement
 
 def test_the_package_offers_it_and_it_closes_what_it_opened(tmp_path: Path) -> None:
     assert nsa_autotune.TuningDatabase is TuningDatabase
+    TuningStore(f"sqlite:///{tmp_path}/t.sqlite").close()
     with TuningDatabase(f"sqlite:///{tmp_path}/t.sqlite") as asked:
         assert asked.query(table="trials", status="ok") == []
     with pytest.raises(StoreError, match="closed"):

@@ -20,7 +20,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from nsa_autotune.db import TrialRecord, TuningStore, WinnerRecord, migrate, open_for_lookup, paths
+from nsa_autotune.db import TrialRecord, TuningDatabase, TuningStore, WinnerRecord, migrate, open_for_lookup, paths
 from nsa_autotune.db import store as store_module
 from nsa_autotune.db.engine import open_engine, parse_location
 from nsa_autotune.db.exchange import format_line
@@ -138,7 +138,7 @@ def test_without_write_ahead_log_the_file_is_refused(tmp_path: Path, monkeypatch
 def test_opening_waits_for_a_writer_without_log(tmp_path: Path) -> None:
     path = tmp_path / "t.sqlite"
     writer = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-    writer.execute("CREATE TABLE other (x)")
+    writer.execute("CREATE TABLE nsa_other (x)")
     writer.execute("BEGIN IMMEDIATE")  # SQLite refuses the switch at once, whatever its busy timeout
     release = threading.Timer(0.2, writer.execute, ["COMMIT"])
     release.start()
@@ -243,6 +243,7 @@ def test_every_schema_so_far_has_a_database_here() -> None:
 
 def test_tables_of_other_programs_stay(tmp_path: Path) -> None:
     path = tmp_path / "t.sqlite"
+    TuningStore(url_of(path), import_shipped=False).close()
     with sqlite3.connect(path) as plain:
         plain.execute("CREATE TABLE trials (number INTEGER)")
         plain.execute("CREATE TABLE alembic_version (version_num TEXT)")
@@ -252,6 +253,29 @@ def test_tables_of_other_programs_stay(tmp_path: Path) -> None:
     with sqlite3.connect(path) as plain:
         assert plain.execute("SELECT * FROM alembic_version").fetchall() == [("v9.9",)]
         assert plain.execute("SELECT count(*) FROM trials").fetchone() == (0,)
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_another_programs_database_is_refused_and_stays(tmp_path: Path, read_only: bool) -> None:
+    path = tmp_path / "t.sqlite"
+    with closing(sqlite3.connect(path)) as plain:
+        plain.execute("CREATE TABLE customers (name TEXT)")
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match=r"another program's database.*customers.*--db"):
+        TuningStore(url_of(path), read_only=read_only)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_must_exist_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = tmp_path / "folder" / "t.sqlite"
+    with pytest.raises(StoreError, match=r"no such database.*t\.sqlite"):
+        TuningStore(url_of(missing), must_exist=True)
+    with pytest.raises(StoreError, match="no such database"):
+        TuningDatabase(url_of(missing))
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("NSA_AUTOTUNE_DB", url_of(missing))  # the user's own, which the first use makes
+    TuningStore(must_exist=True, import_shipped=False).close()
+    assert missing.exists()
 
 
 def test_opening_leaves_logging_alone(tmp_path: Path) -> None:
@@ -390,8 +414,7 @@ def test_unreadable_folder(folder: Path) -> None:
 
 def test_old_schema_cannot_be_served_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "t.sqlite"
-    with sqlite3.connect(path) as plain:
-        plain.execute("CREATE TABLE other (x)")
+    restore(path, "0001")
     monkeypatch.setattr(store_module, "is_read_only", lambda location: True)
     with pytest.raises(StoreError, match="must already have this program's schema"):
         TuningStore(url_of(path))
