@@ -19,9 +19,11 @@ PLAIN_WIDTH = 200  # columns, when stdout is a file or a pipe: rows stay on one 
 
 
 def output() -> Console:
-    """The console of results."""
+    """The console of results; where it is no terminal COLUMNS tells its width."""
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+    if console.is_terminal or os.environ.get("COLUMNS", "").isdecimal():
+        return console
+    return Console(highlight=False, width=PLAIN_WIDTH)
 
 
 def errors() -> Console:
@@ -113,3 +115,8 @@ def write_text(path: Path, text: str) -> None:
             {"path": str(path), "reason": error.strerror},
             "Name a file in an existing folder that you may write.",
         ) from error
+
+
+def count_text(count: int, name: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{count} {name}" if count == 1 else f"{count} {name}s"

@@ -27,9 +27,10 @@ PREDICTION_COLUMNS = [
 ]
 # left out where a terminal is narrow, the first one first; never the columns a user names
 LESS_IMPORTANT = [
-    *("p20_us", "p80_us", "library", "library_median_us", "source", "stage", "config", "gpu"),
-    *("occupancy", "shared_bytes", "spill_bytes", "registers", "predicted_us", "stale"),
+    *("p20_us", "p80_us", "library", "library_median_us", "source", "stage", "config"),
+    *("occupancy", "shared_bytes", "spill_bytes", "registers", "predicted_us", "stale", "speedup", "reason", "gpu"),
 ]
+LESS_IMPORTANT_OF_PREDICTIONS = [name for name in LESS_IMPORTANT if name != "predicted_us"]
 
 app = typer.Typer(help="Query, share and tidy the tuning database.", no_args_is_help=True)
 db_share.register(app)
@@ -108,7 +109,8 @@ def query(
         known = ["problem", *known]
     _check_columns(asked, known)
     wanted = asked or default_columns(chosen, style, kind) or known
-    give_rows(rows, wanted, style, out, title=chosen.value, less_important=() if asked else LESS_IMPORTANT)
+    spare = LESS_IMPORTANT_OF_PREDICTIONS if kind == "predicted" else LESS_IMPORTANT
+    give_rows(rows, wanted, style, out, title=chosen.value, less_important=() if asked else spare)
 
 
 @app.command("export")

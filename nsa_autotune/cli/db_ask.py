@@ -48,7 +48,9 @@ HISTORY_COLUMNS = [
 ]
 LESS_IMPORTANT = [
     *("config", "driver", "torch", "p20_us", "p80_us", "ratio_low", "ratio_high", "base_verdict", "other_verdict"),
-    *("base_samples", "other_samples", "base_created", "other_created", "tied", "triton", "gpu", "samples"),
+    *("base_samples", "other_samples", "base_created", "other_created", "tied", "triton", "samples"),
+    *("stale", "verdict", "clear", "config_change", "changed", "base_median_us", "other_median_us", "speedup"),
+    *("growth", "ratio", "gpu"),  # a row is about a GPU, a family and a problem
 ]
 DATE_CHARS = 10
 DEFAULT_LOSS = "3%"
@@ -208,9 +210,14 @@ def show(
     if style is not RowFormat.table:
         give_rows(rows, known, style, out, title=title)
         return
-    short = [{**row, "problem": problem_text(row, row["family"]), **_dates(row)} for row in rows]
+    short = [{**row, "problem": problem_text(row, row["family"]), **_dates(row), **_sides(row)} for row in rows]
     give_rows(short, columns, style, out, title=title, less_important=LESS_IMPORTANT)
 
 
 def _dates(row: Mapping[str, Any]) -> Row:
     return {name: str(value)[:DATE_CHARS] for name, value in row.items() if value and name.endswith("created")}
+
+
+def _sides(row: Mapping[str, Any]) -> Row:
+    """The names of what is compared, with spaces where a long config may be broken."""
+    return {name: str(row[name]).replace(",", ", ") for name in ("base", "other") if name in row}
