@@ -20,7 +20,6 @@ app = typer.Typer(
     name="nsa-autotune",
     help="Native Sparse Attention kernels: tune them on the GPU at hand, look at them, query what was measured.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command("tune")(tune.tune)

@@ -348,3 +348,15 @@ def test_doctor_with_a_damaged_database(run: Run, tmp_path: Path) -> None:
     code, out, err = run("doctor", "--db", f"sqlite:///{path}")
     assert code == 2
     assert "this machine" in out and "database" in err
+
+
+def test_completion_is_printed_and_lists_commands(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("typer.completion._get_shell_name", lambda: "bash")
+    code, script, _ = run("--show-completion")
+    assert code == 0 and "complete -o default -F _nsa_autotune_completion nsa-autotune" in script
+    assert "--install-completion" in run("--help")[1]
+    monkeypatch.setenv("_NSA_AUTOTUNE_COMPLETE", "complete_bash")
+    for typed, wanted in (("nsa-autotune ", {"tune", "db", "ship"}), ("nsa-autotune db ", {"best", "query", "prune"})):
+        monkeypatch.setenv("COMP_WORDS", typed)
+        monkeypatch.setenv("COMP_CWORD", str(len(typed.split())))
+        assert wanted <= set(run()[1].split())
