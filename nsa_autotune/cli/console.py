@@ -117,6 +117,14 @@ def write_text(path: Path, text: str) -> None:
         ) from error
 
 
+def there_is(counts: Mapping[str, int]) -> str:
+    """What a question might have asked for where its answer is empty, and how."""
+    asked = {"winners": "db best", "measured": "db query --table trials", "predicted": "db query --kind predicted"}
+    names = {"winners": "winner", "measured": "measured trial", "predicted": "prediction"}
+    found = [f"{count_text(counts[kind], name)} ({asked[kind]})" for kind, name in names.items() if counts[kind]]
+    return f"no row; of this GPU, family and problem there are: {', '.join(found) or 'no records at all'}"
+
+
 def count_text(count: int, name: str) -> str:
     """`1 row`, `2 rows`."""
     return f"{count} {name}" if count == 1 else f"{count} {name}s"

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import InvalidInput
 from . import options
-from .console import problem_text
+from .console import errors, problem_text, there_is
 from .db import Table, all_columns, current_templates, problem_filter
 from .rows import FormatOption, LimitOption, OutOption, Row, RowFormat, check_output, give_rows, limit_of
 
@@ -77,7 +77,8 @@ def best(
     from ..db.best import GROWTH
 
     about = about_of(gpu, family, problem, policy)
-    rows = answer(db, style, out, lambda found: found.best(**about, by=by and by.value, limit=limit_of(style, limit)))
+    most = limit_of(style, limit)
+    rows = answer(db, style, out, about, lambda found: found.best(**about, by=by and by.value, limit=most))
     columns = BEST_COLUMNS if by is None else BY_LENGTH_COLUMNS
     known = [*all_columns(Table.winners), "rivals", *(() if by is None else GROWTH)]
     show(rows, columns, known, style, out, "best")
@@ -114,7 +115,7 @@ def compare(
     about = about_of(gpus[0] if one_gpu and gpus else "", family, problem, policy)
     how: dict[str, Any] = {"gpus": () if one_gpu else gpus, "between": between_of(between)}
     how["configs"] = [options.assignments([text], "--config") for text in config or ()]
-    rows = answer(db, style, out, lambda found: found.compare(**how, **about, limit=limit_of(style, limit)))
+    rows = answer(db, style, out, about, lambda found: found.compare(**how, **about, limit=limit_of(style, limit)))
     columns = COMPARE_COLUMNS if one_gpu else [name for name in COMPARE_COLUMNS if name != "gpu"]
     show(rows, columns, compare_columns(of_gpus=not one_gpu), style, out, "compare")
 
@@ -149,6 +150,7 @@ def history(
         db,
         style,
         out,
+        None if regressions else about,
         lambda found: (
             found.regressions(**about, loss=share, between=pair, limit=most)
             if regressions
@@ -194,13 +196,25 @@ def share_of(text: str) -> float:
     return float(found[1]) / (100 if found[2] else 1)
 
 
-def answer(db: str | None, style: RowFormat, out: Any, question: Callable[[TuningDatabase], list[Row]]) -> list[Row]:
-    """Ask the database, once it is sure that the answer can be given."""
+def answer(
+    db: str | None,
+    style: RowFormat,
+    out: Any,
+    about: Mapping[str, Any] | None,
+    question: Callable[[TuningDatabase], list[Row]],
+) -> list[Row]:
+    """Ask the database, once it is sure that the answer can be given; say what there is if it is empty.
+
+    Without `about` an empty answer says enough.
+    """
     from ..db.database import TuningDatabase
 
     check_output(style, out)
     with TuningDatabase(db, current_templates=current_templates()) as found:
-        return question(found)
+        rows = question(found)
+        if not rows and about is not None:
+            errors().print(there_is(found.counts(**about)), markup=False, soft_wrap=True)
+        return rows
 
 
 def show(

@@ -12,7 +12,7 @@ import typer
 
 from ..errors import InvalidInput, NSAError
 from . import options
-from .console import make_table, output
+from .console import count_text, make_table, output
 
 if TYPE_CHECKING:
     from ..db.merge import ImportSummary
@@ -72,7 +72,7 @@ def prune(
     predicted: Annotated[bool, typer.Option("--predicted", help="Predictions in the place of measurements.")] = False,
     family: Annotated[str | None, typer.Option("--family", help="One kernel family.")] = None,
     template: Annotated[str | None, typer.Option("--template", help="The digest of a template.")] = None,
-    gpu: Annotated[str | None, typer.Option("--gpu", help="The GPU's name, in full.")] = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", help="A part of the GPU's name.")] = None,
     fingerprint: Annotated[
         str | None, typer.Option("--fingerprint", help="The digest of a GPU with its software.")
     ] = None,
@@ -124,11 +124,54 @@ def print_summary(name: str, summary: ImportSummary) -> None:
     output().print(make_table(title, columns, rows, ["here us", "came us"], ["gpu"]))
 
 
-def write_t4(store: TuningStore, path: Path, gpu: str | None, family: str | None) -> None:
+def check_target(path: Path, style: str, force: bool) -> None:
+    """Raise InvalidInput before anything is read if an export cannot be written to `path`."""
+    if str(path) == "-":
+        if style != "jsonl":
+            raise InvalidInput("T4 is written to files", {"path": "-"}, "Name one: t4.json.")
+        return
+    if not path.parent.is_dir():
+        raise InvalidInput("the folder of the file is missing", {"folder": str(path.parent)}, "Make it first.")
+    if path.is_dir():
+        raise InvalidInput("an export is a file", {"path": str(path)}, "Name a file in this folder.")
+    if path.exists() and not force:
+        remedy = "Add --force to overwrite it, or name another file."
+        raise InvalidInput("the file is there already", {"path": str(path)}, remedy)
+
+
+def check_family(store: TuningStore, family: str | None) -> None:
+    """Raise UnknownName for a family that neither the database nor this program has."""
+    from ..db import names
+    from ..kernels import all_specs
+
+    if family is not None:
+        with store.reading() as session:
+            names.check_family(session, family, all_specs())
+
+
+def write_jsonl(store: TuningStore, path: Path, everything: bool, gpu: str | None, family: str | None) -> None:
+    """Write winners, or everything, as JSON lines to a file, or to stdout for `-`."""
+    from ..db.exchange import RECORD_TYPES, format_lines
+    from ..db.export import select_records
+
+    kinds = tuple(RECORD_TYPES) if everything else ("winner",)
+    if str(path) != "-":
+        count = store.export_jsonl(path, records=kinds, gpu=gpu, family=family)
+        typer.echo(f"{path}: {count_text(count, 'record')}")
+        return
+    with store.reading() as session:
+        found = select_records(session, kinds, gpu, family)
+    typer.echo(format_lines(found), nl=False)
+
+
+def write_t4(store: TuningStore, path: Path, gpu: str | None, family: str | None, force: bool) -> None:
     """Write measured trials in the T4 format and name the files."""
+    from ..db.export import measured_trials
     from ..db.t4 import export_t4
 
-    for written in export_t4(store.trials(gpu=gpu, family=family, provider="template"), path):
+    with store.reading() as session:
+        trials = measured_trials(session, gpu, family, "template")
+    for written in export_t4(trials, path, overwrite=force):
         typer.echo(str(written))
 
 
@@ -188,7 +231,13 @@ def _judge(current: dict[str, str]) -> Callable[[WinnerRecord], str]:
 
 def _print_pruned(found: Pruned, dry_run: bool) -> None:
     rows = [(family, status, count) for (family, status), count in found.trials.items()]
-    verb = "would go" if dry_run else "are gone"
+    gone = "is gone" if found.total == 1 else "are gone"
+    verb = "would go" if dry_run else gone
     if rows:
         output().print(make_table(f"trials that {verb}", ["family", "status", "trials"], rows, ["trials"]))
-    typer.echo(f"{found.total} trials {verb}; {found.kept} more meet the conditions and stay: winners rest on them")
+    text = f"{count_text(found.total, 'trial')} {verb}"
+    if found.kept:
+        text += (
+            f"; {found.kept} more meet the conditions and stay: trials of winners' configs, their races and baselines"
+        )
+    typer.echo(text)

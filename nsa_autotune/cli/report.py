@@ -36,19 +36,20 @@ def report(
 
 def studies(
     path: Annotated[Path, typer.Argument(help="SQLite file to write; it must not exist.")],
-    gpu: Annotated[str | None, typer.Option("--gpu", help="The GPU's name, in full.")] = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", help="A part of the GPU's name.")] = None,
     family: Annotated[str | None, typer.Option("--family", help="One kernel family.")] = None,
     db: options.DbOption = None,
 ) -> None:
     """Copy stored trials as Optuna studies, one a problem, into a file that optuna-dashboard opens."""
+    from ..db.export import measured_trials
     from ..db.store import TuningStore
     from ..kernels import get_spec
     from ..search.mirror import group_trials, write_studies
 
     if family is not None:
         get_spec(family)
-    with TuningStore(db, must_exist=True) as store:
-        groups = group_trials(store.trials(gpu=gpu, family=family))
+    with TuningStore(db, must_exist=True) as store, store.reading() as session:
+        groups = group_trials(measured_trials(session, gpu, family))
     written = write_studies(path, groups)
     typer.echo(f"{path}: {len(written)} studies, {sum(study.num_trials for study in written)} trials")
     typer.echo(f"look at them: optuna-dashboard sqlite:///{path}")

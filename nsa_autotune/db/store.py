@@ -14,7 +14,7 @@ from typing import Any, Self
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from ..errors import StoreError, UnknownName
+from ..errors import StoreError
 from .designs import DesignRecord, insert_design, read_designs
 from .engine import (
     OTHER_DATABASE,
@@ -25,7 +25,8 @@ from .engine import (
     parse_location,
     store_errors,
 )
-from .exchange import RECORD_TYPES, Record, format_lines, parse_lines, write_atomically
+from .exchange import RECORD_TYPES, format_lines, parse_lines, write_atomically
+from .export import select_records
 from .known import KnownWinner, read_known
 from .merge import ImportSummary, add_records, merge_file, merge_store
 from .migrate import ensure_schema, lock_setup
@@ -228,18 +229,10 @@ class TuningStore:
     ) -> int:
         """Write records, predictions included, as JSON lines, atomically; return their number.
 
-        A design has no family: `family` leaves all of them out.
+        `gpu` is a part of the name; UnknownName if no GPU has it. A design has no family: `family` leaves all out.
         """
-        if unknown := sorted(set(records) - RECORD_TYPES.keys()):
-            raise UnknownName(f"records must be of {', '.join(RECORD_TYPES)}", {"records": unknown})
-        found: list[Record] = []
         with self._transaction() as session:
-            if "winner" in records:
-                found += read_winners(session, {"gpu": gpu, "family": family})
-            if "trial" in records:
-                found += read_trials(session, {"gpu": gpu, "family": family})
-            if "design" in records and family is None:
-                found += [d for d in read_designs(session, {}) if gpu in (None, d.fingerprint["gpu"])]
+            found = select_records(session, records, gpu, family)
         write_atomically(Path(path), format_lines(found))
         return len(found)
 

@@ -65,7 +65,7 @@ def check_replaces_nothing(name: str) -> None:
 
 
 def _is_shipped(project: str) -> bool:
-    summary = str(metadata.metadata(project).get("Summary", ""))
+    summary = str(metadata.metadata(project)["Summary"])
     return summary.startswith(texts.SUMMARY)  # an earlier one of ours may be replaced
 
 

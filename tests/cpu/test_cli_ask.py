@@ -127,6 +127,17 @@ def test_sql(ask: Ask) -> None:
         (("best", "--format", "parquet"), ("--out rows.parquet",)),
         (("best", "--out", "x.csv"), ("a table is printed", "--format csv")),
         (("best", "--format", "csv", "--out", "/nowhere/x.csv"), ("cannot be written", "/nowhere/x.csv")),
+        (("best", "--gpu", "B200"), ("no GPU of this name", "NVIDIA A100")),
+        (("query", "--gpu", "B200"), ("no GPU of this name", "NVIDIA A100")),
+        (("history", "--problem", "seq_k=banana"), ("banana", "seq_k: 8192")),
+        (("compare", "--between", "triton=9.9..9.8"), ("triton", "3.6.0, 3.9.0")),
+        (("compare", "--config", "num_warps=8", "--config", "nope=8", "--family", FAMILY), ("nope", "num_warps")),
+        (("compare", "--config", "num_warps=8", "--config", "num_warps=99", "--family", FAMILY), ("num_warps: ", "8")),
+        (("export", "-", "--gpu", "B200"), ("no GPU of this name", "NVIDIA A100")),
+        (("export", "-", "--family", "nope"), ("no family of this name", FAMILY)),
+        (("studies", "new", "--gpu", "B200"), ("no GPU of this name", "NVIDIA A100")),
+        (("prune", "--gpu", "B200"), ("no GPU of this name", "NVIDIA A100")),
+        (("prune", "--family", "nope"), ("no family of this name", FAMILY)),
         (("compare", "--gpu", "V100,H100"), ("no GPU of this name", "NVIDIA A100")),
         (("compare", "--gpu", "H100,A100", "--between", "triton=1..2"), ("one thing is compared",)),
         (("compare", "--between", "triton"), ("VERSION=OLD..NEW",)),
@@ -268,3 +279,27 @@ def test_one_gpu_is_said_once(ask: Ask) -> None:
     out = ask("best", "--gpu", "H100")[1]
     assert out.startswith("best: 1 row, gpu NVIDIA H100 80GB HBM3\n") and out.count("H100") == 1
     assert "gpu" in ask("query", "--gpu", "H100", "--columns", "gpu")[1].splitlines()[2], "asked for by name"
+
+
+def test_an_empty_answer_says_what_there_is(ask: Ask, url: str) -> None:
+    with TuningStore(url) as store:
+        predicted = {"kind": "predicted", "predicted_us": 1.75, "samples_us": (), "p20_us": None, "p80_us": None}
+        b200 = {**A100, "gpu": "NVIDIA B200"}
+        store.add_trials([trial(None, status="ok", fingerprint=b200, tokens=n, **predicted) for n in (8192, 65536)])
+    code, out, err = ask("best", "--gpu", "B200", "--format", "json")
+    assert (code, out) == (0, "[]\n")
+    assert err == "no row; of this GPU, family and problem there are: 2 predictions (db query --kind predicted)"
+    assert "2 predictions" in ask("query", "--gpu", "B200", "--table", "trials")[2]
+    assert ask("history", "--regressions", "--loss", "50%")[2] == "", "no regression says enough"
+
+
+def test_a_part_of_the_gpus_name_will_do(ask: Ask, url: str, tmp_path: Path) -> None:
+    code, out, err = ask("export", str(tmp_path / "a.jsonl"), "--gpu", "h100", "--records", "all")
+    assert code == 0 and "4 records" in out, err
+    assert all("H100" in line for line in (tmp_path / "a.jsonl").read_text().splitlines())
+    assert ask("studies", str(tmp_path / "s.sqlite"), "--gpu", "h100")[0] == 0
+    kept = (
+        "0 trials would go; 1 more meet the conditions and stay: trials of winners' configs, their races and baselines"
+    )
+    assert kept in ask("prune", "--gpu", "h100", "--failed", "--dry-run")[1]
+    assert ask("prune", "--gpu", "a100", "--failed", "--dry-run")[1] == "0 trials would go\n"

@@ -116,8 +116,8 @@ def test_prune_counts_first(run: Run, here: str, tmp_path: Path) -> None:
     database(tmp_path / "here.sqlite", make_trial(), make_trial(config=config, created="2024-01-01T00:00:00+00:00"))
     asked = ("db", "prune", "--older-than", "2025-01-01", "--db", here)
     code, out, _ = run(*asked, "--dry-run")
-    assert code == 0 and "1 trials would go" in out and "win_attn_fwd ok 1" in out
-    assert run(*asked)[1].endswith("1 trials are gone; 0 more meet the conditions and stay: winners rest on them")
+    assert code == 0 and "1 trial would go" in out and "win_attn_fwd ok 1" in out
+    assert run(*asked)[1].endswith("1 trial is gone")
     assert "0 trials would go; 1 more" in run("db", "prune", "--family", SPEC.family, "--dry-run", "--db", here)[1]
     code, _, err = run("db", "prune", "--db", here)
     assert code == 2 and "needs a condition" in err
@@ -138,6 +138,27 @@ def test_verify_tells_by_its_exit_code(run: Run, here: str, tmp_path: Path) -> N
     assert code == 1 and "3 findings" in out and "median_us must be" in out
     code, _, err = run("db", "verify", "--db", f"sqlite:///{tmp_path}/none.sqlite")
     assert code == 2 and "no such database" in err and not (tmp_path / "none.sqlite").exists()
+
+
+def test_an_export_overwrites_nothing_by_itself(run: Run, here: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("mine")
+    for more in ((), ("--format", "t4")):
+        code, _, err = run("db", "export", str(path), "--db", here, *more)
+        assert code == 2 and "there already" in err and "--force" in err and path.read_text() == "mine"
+    assert run("db", "export", str(path), "--force", "--db", here)[1].endswith("a.jsonl: 1 record")
+    code, out, err = run("db", "export", "-", "--db", here)
+    assert (code, out.replace(" ", ""), err) == (0, path.read_text().replace(" ", "").strip(), "")
+    code, _, err = run("db", "export", str(tmp_path / "no" / "a.jsonl"), "--db", here)
+    assert code == 2 and "the folder of the file is missing" in err and ".a.jsonl." not in err
+    assert run("db", "export", "-", "--format", "t4", "--db", here)[0] == 2
+
+
+def test_many_files_of_t4_overwrite_nothing_either(run: Run, here: str, tmp_path: Path) -> None:
+    database(tmp_path / "here.sqlite", make_trial(), make_trial(policy="graph-cold"))
+    asked = ("db", "export", str(tmp_path / "t4.json"), "--format", "t4", "--db", here)
+    assert run(*asked)[0] == 0 and len(list(tmp_path.glob("t4-*.json"))) == 2
+    assert run(*asked)[0] == 2 and run(*asked, "--force")[0] == 0
 
 
 def test_export_in_t4(run: Run, here: str, tmp_path: Path) -> None:
