@@ -69,7 +69,9 @@ def prune(
         bool,
         typer.Option("--failed", help="Failures; crashes and hangs of present templates stay: they keep configs out."),
     ] = False,
-    predicted: Annotated[bool, typer.Option("--predicted", help="Predictions in the place of measurements.")] = False,
+    predicted: Annotated[
+        bool, typer.Option("--predicted", help="Predictions in the place of measurements; needs a condition beside it.")
+    ] = False,
     family: Annotated[str | None, typer.Option("--family", help="One kernel family.")] = None,
     template: Annotated[str | None, typer.Option("--template", help="The digest of a template.")] = None,
     gpu: Annotated[str | None, typer.Option("--gpu", help="A part of the GPU's name.")] = None,

@@ -57,9 +57,10 @@ def prune(
     InvalidInput without a condition, UnknownName for a family or GPU that the database does not know.
     """
     if pruning in (Pruning(), Pruning(predicted=True)):
-        raise InvalidInput(
-            "pruning needs a condition", {}, "Give --older-than, --stale, --failed, --family, --gpu or a digest."
-        )
+        rule = "pruning needs a condition"
+        if pruning.predicted:
+            rule += ", and --predicted only chooses predictions in the place of measurements"
+        raise InvalidInput(rule, {}, "Give --older-than, --stale, --failed, --family, --gpu or a digest.")
     with store.transaction(write=not dry_run) as session:
         if pruning.family is not None:
             check_family(session, pruning.family, current_templates)

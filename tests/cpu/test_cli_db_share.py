@@ -120,7 +120,9 @@ def test_prune_counts_first(run: Run, here: str, tmp_path: Path) -> None:
     assert run(*asked)[1].endswith("1 trial is gone")
     assert "0 trials would go; 1 more" in run("db", "prune", "--family", SPEC.family, "--dry-run", "--db", here)[1]
     code, _, err = run("db", "prune", "--db", here)
-    assert code == 2 and "needs a condition" in err
+    assert code == 2 and "needs a condition" in err and "--predicted" not in err
+    code, _, err = run("db", "prune", "--predicted", "--db", here)
+    assert code == 2 and "--predicted only chooses predictions" in err
 
 
 def test_verify_tells_by_its_exit_code(run: Run, here: str, tmp_path: Path) -> None:
