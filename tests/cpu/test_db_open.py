@@ -346,7 +346,7 @@ def test_path_that_is_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("tuning.sqlite", "named by a URL"),
+        ("tuning", "named by a URL or a path.*tuned.sqlite"),
         ("sqlite:///file:t.sqlite?uri=true", "file: URIs"),
         ("oracle9://host/name", "no such kind"),
     ],
@@ -404,6 +404,52 @@ def test_read_only_folder(folder: Path) -> None:
         assert output.startswith("StoreError the folder of the database"), output
         assert f"folder='{path.parent}'" in output and "--db URL" in output
     assert list(folder.iterdir()) == []
+
+
+def test_a_read_only_database_is_verified_and_merged(folder: Path, tmp_path: Path) -> None:
+    path = folder / "t.sqlite"
+    with TuningStore(url_of(path), import_shipped=False) as store:
+        store.add_trial(make_trial())
+    path.chmod(0o444)
+    folder.chmod(0o555)
+    script = """
+import sys
+from nsa_autotune.db import TuningStore, verify
+from nsa_autotune.db.foreign import open_foreign
+verify.shipped_files = dict
+with TuningStore(sys.argv[1], import_shipped=False, read_only=True) as store:
+    print(list(verify.verify(store)))
+with open_foreign(sys.argv[1]) as theirs:
+    print(len(theirs.trials()))
+"""
+    process = start(UNPRIVILEGED, sys.executable, "-c", script, url_of(path))
+    assert process.communicate(timeout=60)[0] == "[]\n1\n"
+
+
+def test_a_plain_path_is_a_sqlite_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old").write_bytes(b"")
+    for text in ("t.sqlite", "./t.db", str(tmp_path / "t.sqlite3"), "new/t.sqlite", "old"):
+        location = parse_location(text)
+        assert location.is_sqlite and location.path == tmp_path / text and location.url.database == str(tmp_path / text)
+    with TuningStore("new/50%?.sqlite", import_shipped=False):
+        assert (tmp_path / "new" / "50%?.sqlite").is_file()
+
+
+def test_a_lost_slash_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreError, match=r"three slashes.*sqlite:////tmp/t\.sqlite, with four slashes"):
+        parse_location("sqlite:///tmp/t.sqlite")
+    assert parse_location("sqlite:///./tmp/t.sqlite").path == tmp_path / "tmp" / "t.sqlite"
+    (tmp_path / "tmp").mkdir()
+    assert parse_location("sqlite:///tmp/t.sqlite").path == tmp_path / "tmp" / "t.sqlite"
+
+
+@pytest.mark.parametrize("url", ["mysql://x", "mysql+pymysql://me:secret@host/x"])
+def test_another_kind_of_server_needs_no_driver_of_ours(url: str) -> None:
+    with pytest.raises(StoreError, match="no such kind of database") as raised:
+        TuningStore(url)
+    assert "pip install" not in str(raised.value) and "secret" not in str(raised.value)
 
 
 def test_unreadable_folder(folder: Path) -> None:
