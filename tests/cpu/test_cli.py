@@ -359,3 +359,11 @@ def test_completion_is_printed_and_lists_commands(run: Run, monkeypatch: pytest.
         monkeypatch.setenv("COMP_WORDS", typed)
         monkeypatch.setenv("COMP_CWORD", str(len(typed.split())))
         assert wanted <= set(run()[1].split())
+
+
+def test_a_wrong_value_gets_a_plain_sentence(run: Run, database: str) -> None:
+    code, _, err = run("db", "query", "--table", "nope", "--db", database)
+    assert code == 2 and "'nope' is not one of 'winners', 'trials'" in err and "Value error" not in err
+    code, _, err = run("db", "query", "--status", "nope", "--db", database)
+    assert code == 2 and "Did you mean" not in err and "compile" in err
+    assert "Did you mean 'compile'" in run("db", "query", "--status", "compiled", "--db", database)[2]
