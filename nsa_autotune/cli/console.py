@@ -125,6 +125,6 @@ def there_is(counts: Mapping[str, int]) -> str:
     return f"no row; of this GPU, family and problem there are: {', '.join(found) or 'no records at all'}"
 
 
-def count_text(count: int, name: str) -> str:
-    """`1 row`, `2 rows`."""
-    return f"{count} {name}" if count == 1 else f"{count} {name}s"
+def count_text(count: int, name: str, plural: str = "") -> str:
+    """`1 row`, `2 rows`; `plural` where it is not made by an s."""
+    return f"{count} {name}" if count == 1 else f"{count} {plural or f'{name}s'}"

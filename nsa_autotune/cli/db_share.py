@@ -104,17 +104,16 @@ def verify(db: options.DbOption = None) -> None:
         typer.echo(f"{place}: every row, reference and shipped file is as it should be")
         return
     rows = [(finding.where, finding.fault) for finding in findings[:MAX_PRINTED]]
-    output().print(make_table(f"{place}: {len(findings)} findings", ["where", "what"], rows))
+    output().print(make_table(f"{place}: {count_text(len(findings), 'finding')}", ["where", "what"], rows))
     raise typer.Exit(EXIT_FINDINGS)
 
 
 def print_summary(name: str, summary: ImportSummary) -> None:
     """What an import or merge brought, and for each conflict which winner serves."""
-    left_out = f"; {summary.shipped} shipped winners left out" if summary.shipped else ""
-    typer.echo(
-        f"{name}: {summary.winners} winners, {summary.trials} trials, {summary.designs} designs; "
-        f"{summary.kept} winners here were kept{left_out}"
-    )
+    left_out = f"; {count_text(summary.shipped, 'shipped winner')} left out" if summary.shipped else ""
+    counts = {"winner": summary.winners, "trial": summary.trials, "design": summary.designs}
+    came = ", ".join(count_text(count, what) for what, count in counts.items())
+    typer.echo(f"{name}: {came}; {count_text(summary.kept, 'winner here was', 'winners here were')} kept{left_out}")
     if not summary.conflicts:
         return
     rows = [

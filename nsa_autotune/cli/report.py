@@ -9,6 +9,7 @@ import typer
 
 from ..errors import InvalidInput
 from . import options
+from .console import count_text
 
 
 def report(
@@ -30,7 +31,13 @@ def report(
     with TuningStore(db, must_exist=True) as store:
         found = build_report(store, gpu=gpu, benches=tuple(bench or ()))
     page = write_page(out, render_page(found))
-    counts = f"{len(found.winners)} winners, {len(found.searches)} searches, {len(found.speedups)} speed-ups"
+    counts = ", ".join(
+        (
+            count_text(len(found.winners), "winner"),
+            count_text(len(found.searches), "search", "searches"),
+            count_text(len(found.speedups), "speed-up"),
+        )
+    )
     typer.echo(f"{page}: {counts}, {page.stat().st_size / 1024:.0f} KiB")
 
 
@@ -51,5 +58,6 @@ def studies(
     with TuningStore(db, must_exist=True) as store, store.reading() as session:
         groups = group_trials(measured_trials(session, gpu, family))
     written = write_studies(path, groups)
-    typer.echo(f"{path}: {len(written)} studies, {sum(study.num_trials for study in written)} trials")
+    trials = count_text(sum(study.num_trials for study in written), "trial")
+    typer.echo(f"{path}: {count_text(len(written), 'study', 'studies')}, {trials}")
     typer.echo(f"look at them: optuna-dashboard sqlite:///{path}")

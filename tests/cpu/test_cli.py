@@ -336,7 +336,7 @@ def test_doctor_without_a_gpu(run: Run, database: str, monkeypatch: pytest.Monke
     assert "no CUDA device" in out
     assert "1 compile" in out, "trials by status"
     assert "Test GPU" in out
-    stale = "1 winners are stale, their templates have changed, and are not served"
+    stale = "1 winner is stale, as templates have changed, and not served"
     assert f"{stale}; on their GPU: nsa-autotune recertify --families {FAMILY}" in out
     assert "nsa-autotune recertify --dry-run" in out
 

@@ -83,7 +83,7 @@ def test_merge_says_which_winner_serves(run: Run, here: str, tmp_path: Path) -> 
     database(other, make_winner(100.0, verdict="confirmed"), make_winner(5.0, template_digest="t2"), make_trial())
     code, out, err = run("db", "merge", str(other), "--db", here)
     assert (code, err) == (0, "")
-    assert "1 winners, 1 trials, 0 designs; 1 winners here were kept" in out
+    assert "1 winner, 1 trial, 0 designs; 1 winner here was kept" in out
     assert "both measurements are kept" in out and "120 100 here" in out
     code, out, _ = run("db", "merge", f"sqlite:///{other}", "--own", "--db", here)
     assert code == 0 and "came" in out.split()
@@ -97,7 +97,7 @@ def test_merge_takes_an_export(run: Run, here: str, tmp_path: Path) -> None:
     assert run("db", "export", str(export), "--records", "all", "--db", here)[0] == 0
     fresh = f"sqlite:///{tmp_path}/fresh.sqlite"
     code, out, _ = run("db", "merge", str(export), "--db", fresh)
-    assert code == 0 and "1 winners" in out
+    assert code == 0 and "1 winner," in out
     export.write_text(export.read_text().replace('"median_us":120.0', '"median_us":NaN'))
     code, out, err = run("db", "merge", str(export), "--db", fresh)
     assert code == 2 and "line 1" in err and "NaN is not JSON" in err and "Nothing was imported" in err
