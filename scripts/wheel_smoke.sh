@@ -77,7 +77,7 @@ assert y.shape == (1, 100, 64) and torch.isfinite(y).all()
 print("served one forward on the CPU")
 PY
 "$work/venv/bin/nsa-autotune" --help >/dev/null
-"$work/venv/bin/nsa-autotune" report --db "sqlite:///$work/home/report.sqlite" --out "$work/home/report"
+env HOME="$work/home" XDG_DATA_HOME="$work/home/data" "$work/venv/bin/nsa-autotune" report --out "$work/home/report"
 grep -q 'id="report-data"' "$work/home/report/index.html"
 env HOME="$work/home" XDG_DATA_HOME="$work/home/data" "$work/venv/bin/nsa-autotune" ship --gpu H200 --seq 8k --out "$work/shipped"
 "$fresh" -m pip uninstall --quiet --yes nsa-autotune

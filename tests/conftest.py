@@ -24,6 +24,7 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     patch.setenv("NSA_AUTOTUNE_CACHE_DIR", str(root / "cache"))
     patch.setenv("NSA_AUTOTUNE_STATE_DIR", str(root / "state"))
     patch.setenv("NSA_AUTOTUNE_DB", f"sqlite:///{root / 'tuning.sqlite'}")
+    patch.delenv("COLUMNS", raising=False)  # which tables follow, and parallel test processes set
     yield root
     patch.undo()
 

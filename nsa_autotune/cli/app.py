@@ -5,9 +5,10 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import NSAError
@@ -16,11 +17,24 @@ from .console import errors
 
 EXIT_MISTAKE = 2
 
+
+class PlainGroup(TyperGroup):
+    """Commands whose mistakes are told without the words of the library that checks values."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")
+            raise
+
+
 app = typer.Typer(
+    cls=PlainGroup,
     name="nsa-autotune",
     help="Native Sparse Attention kernels: tune them on the GPU at hand, look at them, query what was measured.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command("tune")(tune.tune)

@@ -60,7 +60,7 @@ def open_bench(
 ) -> Iterator[Bench]:
     """What measures on a device; its dispatchers ask the database, unless `untuned`, while it is open."""
     with ExitStack() as stack:
-        store = None if untuned else stack.enter_context(TuningStore(db))
+        store = None if untuned else stack.enter_context(TuningStore(db, must_exist=True))
         stack.enter_context(each_warning_once(silent=untuned))
 
         def make_dispatcher(locality: float | None) -> Dispatcher:

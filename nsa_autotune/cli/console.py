@@ -28,9 +28,11 @@ class PlainConsole(Console):
 
 
 def output() -> Console:
-    """The console of results."""
+    """The console of results; where it is no terminal COLUMNS tells its width."""
     console = PlainConsole(highlight=False)
-    return console if console.is_terminal else PlainConsole(highlight=False, width=PLAIN_WIDTH)
+    if console.is_terminal or os.environ.get("COLUMNS", "").isdecimal():
+        return console
+    return PlainConsole(highlight=False, width=PLAIN_WIDTH)
 
 
 def errors() -> Console:
@@ -122,3 +124,16 @@ def write_text(path: Path, text: str) -> None:
             {"path": str(path), "reason": error.strerror},
             "Name a file in an existing folder that you may write.",
         ) from error
+
+
+def there_is(counts: Mapping[str, int]) -> str:
+    """What a question might have asked for where its answer is empty, and how."""
+    asked = {"winners": "db best", "measured": "db query --table trials", "predicted": "db query --kind predicted"}
+    names = {"winners": "winner", "measured": "measured trial", "predicted": "prediction"}
+    found = [f"{count_text(counts[kind], name)} ({asked[kind]})" for kind, name in names.items() if counts[kind]]
+    return f"no row; of this GPU, family and problem there are: {', '.join(found) or 'no records at all'}"
+
+
+def count_text(count: int, name: str, plural: str = "") -> str:
+    """`1 row`, `2 rows`; `plural` where it is not made by an s."""
+    return f"{count} {name}" if count == 1 else f"{count} {plural or f'{name}s'}"

@@ -57,7 +57,7 @@ def cover(
     check_modes(leave_one_out, measure, apply, policy)
     options.check_device(device)
     specs = options.choose_specs(options.split(family, "--family"))
-    with TuningStore(db) as store:
+    with TuningStore(db, must_exist=True) as store:
         if store.read_only and (measure or apply):
             remedy = "Name another database with --db."
             raise StoreError("the database is read-only", {"database": str(store.location)}, remedy)

@@ -12,7 +12,7 @@ import typer
 
 from ..errors import InvalidInput
 from . import db_share, options
-from .console import problem_text
+from .console import errors, problem_text, there_is
 from .rows import FormatOption, LimitOption, OutOption, RowFormat, check_output, give_rows, limit_of
 
 # `problem` is made here, of the problem's fields, so that a row fits a screen
@@ -27,9 +27,10 @@ PREDICTION_COLUMNS = [
 ]
 # left out where a terminal is narrow, the first one first; never the columns a user names
 LESS_IMPORTANT = [
-    *("p20_us", "p80_us", "library", "library_median_us", "source", "stage", "config", "gpu"),
-    *("occupancy", "shared_bytes", "spill_bytes", "registers", "predicted_us", "stale"),
+    *("p20_us", "p80_us", "library", "library_median_us", "source", "stage", "config"),
+    *("occupancy", "shared_bytes", "spill_bytes", "registers", "predicted_us", "stale", "speedup", "reason", "gpu"),
 ]
+LESS_IMPORTANT_OF_PREDICTIONS = [name for name in LESS_IMPORTANT if name != "predicted_us"]
 
 app = typer.Typer(help="Query, share and tidy the tuning database.", no_args_is_help=True)
 db_share.register(app)
@@ -83,7 +84,7 @@ def query(
     db: options.DbOption = None,
 ) -> None:
     """List winners or trials, newest first; times are in microseconds."""
-    from ..db.store import TuningStore
+    from ..db.database import TuningDatabase
     from ..kernels import get_spec
 
     if family is not None:
@@ -91,50 +92,47 @@ def query(
     _check_choices(status, kind)
     check_output(style, out)
     chosen = table or (Table.trials if status or kind else Table.winners)
-    with TuningStore(db) as store:
-        rows = store.query(
-            gpu=gpu,
-            family=family,
-            problem=problem_filter(options.assignments(problem, "--problem")),
-            status=status,
-            kind=kind or "measured",
-            table=chosen.value,
-            limit=limit_of(style, limit),
-            current_templates=current_templates(),
-        )
+    fields = problem_filter(options.assignments(problem, "--problem"))
+    about: dict[str, Any] = {"gpu": gpu or "", "family": family or "", "problem": fields}
+    how: dict[str, Any] = {"status": status, "kind": kind or "measured", "table": chosen.value}
+    with TuningDatabase(db, current_templates=current_templates()) as found:
+        rows = found.query(**about, **how, limit=limit_of(style, limit))
+        if not rows:
+            errors().print(there_is(found.counts(**about)), markup=False, soft_wrap=True)
     asked, known = options.split(columns, "--columns"), all_columns(chosen)
     if style is RowFormat.table:
         rows = [{"problem": problem_text(row, row["family"]), **row} for row in rows]
         known = ["problem", *known]
     _check_columns(asked, known)
     wanted = asked or default_columns(chosen, style, kind) or known
-    give_rows(rows, wanted, style, out, title=chosen.value, less_important=() if asked else LESS_IMPORTANT)
+    spare = LESS_IMPORTANT_OF_PREDICTIONS if kind == "predicted" else LESS_IMPORTANT
+    give_rows(rows, wanted, style, out, title=chosen.value, less_important=() if asked else spare)
 
 
 @app.command("export")
 def export_records(
-    path: Annotated[Path, typer.Argument(help="File of JSON lines to write.")],
+    path: Annotated[Path, typer.Argument(help="File of JSON lines to write; - is stdout.")],
     records: Annotated[
         Records, typer.Option("--records", help="Winners only, or trials, predictions and designs too.")
     ] = Records.winners,
-    gpu: Annotated[str | None, typer.Option("--gpu", help="The GPU's name, in full.")] = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", help="A part of the GPU's name.")] = None,
     family: Annotated[str | None, typer.Option("--family", help="One kernel family.")] = None,
     style: Annotated[
         FileFormat, typer.Option("--format", help="t4: measured trials for other tools, a file for each problem.")
     ] = FileFormat.jsonl,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")] = False,
     db: options.DbOption = None,
 ) -> None:
     """Write records as text that can be reviewed and imported elsewhere."""
-    from ..db.exchange import RECORD_TYPES
     from ..db.store import TuningStore
 
-    kinds = ("winner",) if records is Records.winners else tuple(RECORD_TYPES)
-    with TuningStore(db) as store:
+    db_share.check_target(path, style.value, force)
+    with TuningStore(db, must_exist=True) as store:
+        db_share.check_family(store, family)
         if style is FileFormat.t4:
-            db_share.write_t4(store, path, gpu, family)
-            return
-        count = store.export_jsonl(path, records=kinds, gpu=gpu, family=family)
-    typer.echo(f"{path}: {count} records")
+            db_share.write_t4(store, path, gpu, family, force)
+        else:
+            db_share.write_jsonl(store, path, records is Records.all, gpu, family)
 
 
 @app.command("import")

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import InvalidInput
 from . import options
-from .console import problem_text
+from .console import errors, problem_text, there_is
 from .db import Table, all_columns, current_templates, problem_filter
 from .rows import FormatOption, LimitOption, OutOption, Row, RowFormat, check_output, give_rows, limit_of
 
@@ -48,7 +48,9 @@ HISTORY_COLUMNS = [
 ]
 LESS_IMPORTANT = [
     *("config", "driver", "torch", "p20_us", "p80_us", "ratio_low", "ratio_high", "base_verdict", "other_verdict"),
-    *("base_samples", "other_samples", "base_created", "other_created", "tied", "triton", "gpu", "samples"),
+    *("base_samples", "other_samples", "base_created", "other_created", "tied", "triton", "samples"),
+    *("stale", "verdict", "clear", "config_change", "changed", "base_median_us", "other_median_us", "speedup"),
+    *("growth", "ratio", "gpu"),  # a row is about a GPU, a family and a problem
 ]
 DATE_CHARS = 10
 DEFAULT_LOSS = "3%"
@@ -75,7 +77,8 @@ def best(
     from ..db.best import GROWTH
 
     about = about_of(gpu, family, problem, policy)
-    rows = answer(db, style, out, lambda found: found.best(**about, by=by and by.value, limit=limit_of(style, limit)))
+    most = limit_of(style, limit)
+    rows = answer(db, style, out, about, lambda found: found.best(**about, by=by and by.value, limit=most))
     columns = BEST_COLUMNS if by is None else BY_LENGTH_COLUMNS
     known = [*all_columns(Table.winners), "rivals", *(() if by is None else GROWTH)]
     show(rows, columns, known, style, out, "best")
@@ -112,7 +115,7 @@ def compare(
     about = about_of(gpus[0] if one_gpu and gpus else "", family, problem, policy)
     how: dict[str, Any] = {"gpus": () if one_gpu else gpus, "between": between_of(between)}
     how["configs"] = [options.assignments([text], "--config") for text in config or ()]
-    rows = answer(db, style, out, lambda found: found.compare(**how, **about, limit=limit_of(style, limit)))
+    rows = answer(db, style, out, about, lambda found: found.compare(**how, **about, limit=limit_of(style, limit)))
     columns = COMPARE_COLUMNS if one_gpu else [name for name in COMPARE_COLUMNS if name != "gpu"]
     show(rows, columns, compare_columns(of_gpus=not one_gpu), style, out, "compare")
 
@@ -147,6 +150,7 @@ def history(
         db,
         style,
         out,
+        None if regressions else about,
         lambda found: (
             found.regressions(**about, loss=share, between=pair, limit=most)
             if regressions
@@ -192,13 +196,25 @@ def share_of(text: str) -> float:
     return float(found[1]) / (100 if found[2] else 1)
 
 
-def answer(db: str | None, style: RowFormat, out: Any, question: Callable[[TuningDatabase], list[Row]]) -> list[Row]:
-    """Ask the database, once it is sure that the answer can be given."""
+def answer(
+    db: str | None,
+    style: RowFormat,
+    out: Any,
+    about: Mapping[str, Any] | None,
+    question: Callable[[TuningDatabase], list[Row]],
+) -> list[Row]:
+    """Ask the database, once it is sure that the answer can be given; say what there is if it is empty.
+
+    Without `about` an empty answer says enough.
+    """
     from ..db.database import TuningDatabase
 
     check_output(style, out)
     with TuningDatabase(db, current_templates=current_templates()) as found:
-        return question(found)
+        rows = question(found)
+        if not rows and about is not None:
+            errors().print(there_is(found.counts(**about)), markup=False, soft_wrap=True)
+        return rows
 
 
 def show(
@@ -208,9 +224,14 @@ def show(
     if style is not RowFormat.table:
         give_rows(rows, known, style, out, title=title)
         return
-    short = [{**row, "problem": problem_text(row, row["family"]), **_dates(row)} for row in rows]
+    short = [{**row, "problem": problem_text(row, row["family"]), **_dates(row), **_sides(row)} for row in rows]
     give_rows(short, columns, style, out, title=title, less_important=LESS_IMPORTANT)
 
 
 def _dates(row: Mapping[str, Any]) -> Row:
     return {name: str(value)[:DATE_CHARS] for name, value in row.items() if value and name.endswith("created")}
+
+
+def _sides(row: Mapping[str, Any]) -> Row:
+    """The names of what is compared, with spaces where a long config may be broken."""
+    return {name: str(row[name]).replace(",", ", ") for name in ("base", "other") if name in row}

@@ -12,7 +12,7 @@ import typer
 
 from ..errors import InvalidInput, NSAError
 from . import options
-from .console import make_table, output, problem_text
+from .console import count_text, make_table, output, problem_text
 
 if TYPE_CHECKING:
     from ..db.merge import ImportSummary
@@ -69,10 +69,12 @@ def prune(
         bool,
         typer.Option("--failed", help="Failures; crashes and hangs of present templates stay: they keep configs out."),
     ] = False,
-    predicted: Annotated[bool, typer.Option("--predicted", help="Predictions in the place of measurements.")] = False,
+    predicted: Annotated[
+        bool, typer.Option("--predicted", help="Predictions in the place of measurements; needs a condition beside it.")
+    ] = False,
     family: Annotated[str | None, typer.Option("--family", help="One kernel family.")] = None,
     template: Annotated[str | None, typer.Option("--template", help="The digest of a template.")] = None,
-    gpu: Annotated[str | None, typer.Option("--gpu", help="The GPU's name, in full.")] = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", help="A part of the GPU's name.")] = None,
     fingerprint: Annotated[
         str | None, typer.Option("--fingerprint", help="The digest of a GPU with its software.")
     ] = None,
@@ -85,7 +87,7 @@ def prune(
 
     before = None if older_than is None else parse_age(older_than, datetime.now(UTC))
     asked = pruning.Pruning(before, stale, failed, predicted, family, template, gpu, fingerprint)
-    with TuningStore(db) as store:
+    with TuningStore(db, must_exist=True) as store:
         found = pruning.prune(store, asked, _current_templates(), dry_run=dry_run)
     _print_pruned(found, dry_run)
 
@@ -95,14 +97,14 @@ def verify(db: options.DbOption = None) -> None:
     from ..db.store import TuningStore
     from ..db.verify import verify as findings_of
 
-    with TuningStore(db, import_shipped=False, read_only=True) as store:
+    with TuningStore(db, import_shipped=False, read_only=True, must_exist=True) as store:
         findings = list(findings_of(store, judge_of(_current_templates())))
         place = str(store.location)
     if not findings:
         typer.echo(f"{place}: every row, reference and shipped file is as it should be")
         return
     rows = [(finding.where, finding.fault) for finding in findings[:MAX_PRINTED]]
-    output().print(make_table(f"{place}: {len(findings)} findings", ["where", "what"], rows))
+    output().print(make_table(f"{place}: {count_text(len(findings), 'finding')}", ["where", "what"], rows))
     raise typer.Exit(EXIT_FINDINGS)
 
 
@@ -132,23 +134,68 @@ def summary_text(summary: ImportSummary) -> str:
     if summary.is_empty:
         return "holds no record; nothing was added"
     known = summary.winners - summary.new - summary.replaced - summary.kept
-    parts = [
-        f"{summary.trials} trials read, {summary.new_trials} new",
-        f"{summary.designs} designs read, {summary.new_designs} new",
-        f"{summary.winners} winners read, {summary.new} new",
-    ]
+    read = {
+        "trial": (summary.trials, summary.new_trials),
+        "design": (summary.designs, summary.new_designs),
+        "winner": (summary.winners, summary.new),
+    }
+    parts = [f"{count_text(count, what)} read, {new} new" for what, (count, new) in read.items()]
     parts += [f"{summary.replaced} of them replace the one that served here"] if summary.replaced else []
     parts += [f"{summary.kept} of them do not serve, for the one here goes first"] if summary.kept else []
     parts += [f"{known} of them were here already"] if known else []
-    parts += [f"{summary.shipped} shipped winners of the other program left out"] if summary.shipped else []
+    shipped = count_text(summary.shipped, "shipped winner")
+    parts += [f"{shipped} of the other program left out"] if summary.shipped else []
     return "; ".join(parts)
 
 
-def write_t4(store: TuningStore, path: Path, gpu: str | None, family: str | None) -> None:
+def check_target(path: Path, style: str, force: bool) -> None:
+    """Raise InvalidInput before anything is read if an export cannot be written to `path`."""
+    if str(path) == "-":
+        if style != "jsonl":
+            raise InvalidInput("T4 is written to files", {"path": "-"}, "Name one: t4.json.")
+        return
+    if not path.parent.is_dir():
+        raise InvalidInput("the folder of the file is missing", {"folder": str(path.parent)}, "Make it first.")
+    if path.is_dir():
+        raise InvalidInput("an export is a file", {"path": str(path)}, "Name a file in this folder.")
+    if path.exists() and not force:
+        remedy = "Add --force to overwrite it, or name another file."
+        raise InvalidInput("the file is there already", {"path": str(path)}, remedy)
+
+
+def check_family(store: TuningStore, family: str | None) -> None:
+    """Raise UnknownName for a family that neither the database nor this program has."""
+    from ..db import names
+    from ..kernels import all_specs
+
+    if family is not None:
+        with store.reading() as session:
+            names.check_family(session, family, all_specs())
+
+
+def write_jsonl(store: TuningStore, path: Path, everything: bool, gpu: str | None, family: str | None) -> None:
+    """Write winners, or everything, as JSON lines to a file, or to stdout for `-`."""
+    from ..db.exchange import RECORD_TYPES, format_lines
+    from ..db.export import select_records
+
+    kinds = tuple(RECORD_TYPES) if everything else ("winner",)
+    if str(path) != "-":
+        count = store.export_jsonl(path, records=kinds, gpu=gpu, family=family)
+        typer.echo(f"{path}: {count_text(count, 'record')}")
+        return
+    with store.reading() as session:
+        found = select_records(session, kinds, gpu, family)
+    typer.echo(format_lines(found), nl=False)
+
+
+def write_t4(store: TuningStore, path: Path, gpu: str | None, family: str | None, force: bool) -> None:
     """Write measured trials in the T4 format and name the files."""
+    from ..db.export import measured_trials
     from ..db.t4 import export_t4
 
-    for written in export_t4(store.trials(gpu=gpu, family=family, provider="template"), path):
+    with store.reading() as session:
+        trials = measured_trials(session, gpu, family, "template")
+    for written in export_t4(trials, path, overwrite=force):
         typer.echo(str(written))
 
 
@@ -209,7 +256,13 @@ def judge_of(current: Mapping[str, str]) -> Callable[[WinnerRecord], str]:
 
 def _print_pruned(found: Pruned, dry_run: bool) -> None:
     rows = [(family, status, count) for (family, status), count in found.trials.items()]
-    verb = "would go" if dry_run else "are gone"
+    gone = "is gone" if found.total == 1 else "are gone"
+    verb = "would go" if dry_run else gone
     if rows:
         output().print(make_table(f"trials that {verb}", ["family", "status", "trials"], rows, ["trials"]))
-    typer.echo(f"{found.total} trials {verb}; {found.kept} more meet the conditions and stay: winners rest on them")
+    text = f"{count_text(found.total, 'trial')} {verb}"
+    if found.kept:
+        text += (
+            f"; {found.kept} more meet the conditions and stay: trials of winners' configs, their races and baselines"
+        )
+    typer.echo(text)

@@ -30,7 +30,7 @@ COUNT_COLUMNS = [
 ALWAYS_SHOWN = COUNT_COLUMNS[:7]
 STALE_COLUMNS = ["gpu", "family", "changed", "then", "now", "winners", "newest"]
 WORTH_COLUMNS = ["param", "importance", "best_value", "loss_without", "values"]
-LESS_IMPORTANT = ["newest_winner", "newest_trial", "confirmed", "predicted"]
+LESS_IMPORTANT = ["newest_winner", "newest_trial", "confirmed", "predicted", *COUNT_COLUMNS[7:16], "coverage", "ok"]
 VERSIONS = ("driver", "cuda", "torch", "triton", "assembler")
 
 

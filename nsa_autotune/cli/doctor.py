@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from .. import __version__
 from ..errors import NSAError
 from . import options
-from .console import errors, make_table, output
+from .console import count_text, errors, make_table, output
 
 if TYPE_CHECKING:
     from ..db.records import TrialRecord, WinnerRecord
@@ -36,7 +36,7 @@ def doctor(db: options.DbOption = None) -> None:
 
     output().print(make_table("this machine", ("what", "found"), [*machine_facts(), *gpu_facts()]))
     try:
-        with TuningStore(db) as store:
+        with TuningStore(db, must_exist=True) as store:
             output().print(make_table("database", ("what", "found"), database_facts(store)))
             _print_winners(store.winners())
             print_drift(store)
@@ -137,7 +137,7 @@ def _print_winners(winners: Sequence[WinnerRecord]) -> None:
         output().print("no winners: nothing is tuned and none are shipped", markup=False)
     if stale:
         families = ",".join(dict.fromkeys(w.family for w in stale))
-        text = f"{len(stale)} winners are stale, their templates have changed, and are not served"
+        text = f"{count_text(len(stale), 'winner is', 'winners are')} stale, as templates have changed, and not served"
         output().print(
             f"{text}; on their GPU: nsa-autotune recertify --families {families}", markup=False, soft_wrap=True
         )

@@ -9,7 +9,7 @@ from rich.markup import render
 
 GAP_CHARS = 3  # between two columns
 EDGE_CHARS = 2  # both edges together
-LEAST_TEXT_CHARS = 16  # a longer text may be wrapped at words down to this
+LEAST_TEXT_CHARS = 12  # a longer text may be wrapped at words down to this
 LONGEST_WORD_CHARS = 24  # a longer word may be broken
 
 
@@ -53,7 +53,9 @@ def fit_columns(
 
 
 def _measure(names: Sequence[str], rows: Sequence[Sequence[str]], index: int, is_number: bool, stacked: bool) -> Column:
-    header = "\n".join(names[index].split(" ")) if is_number and stacked else names[index]
+    header = names[index]
+    if is_number and stacked:
+        header = header.replace(" ", "\n").replace("_", "_\n")
     texts = [*header.split("\n"), *(render(row[index]).plain for row in rows)]
     natural = max(map(len, texts))
     if is_number:

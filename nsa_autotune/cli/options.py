@@ -54,7 +54,8 @@ NsaOption = Annotated[
     list[str] | None, typer.Option("--nsa", help="A constant of NSA, such as --nsa select_block_size=32; repeatable.")
 ]
 DbOption = Annotated[
-    str | None, typer.Option("--db", help="Database: a URL, such as sqlite:///tuned.sqlite or postgresql+psycopg://...")
+    str | None,
+    typer.Option("--db", help="Database: a file such as tuned.sqlite, or a URL such as postgresql+psycopg://..."),
 ]
 PolicyOption = Annotated[
     str, typer.Option("--policy", help="How times are taken: eager-cold, eager-warm, graph-cold or graph-warm.")

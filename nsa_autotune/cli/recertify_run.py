@@ -59,7 +59,7 @@ def execute(run: Run) -> int:
 
     interrupted = False
     done: list[Recertified] = []
-    with TuningStore(run.db) as store:
+    with TuningStore(run.db, must_exist=True) as store:
         if store.read_only:
             values = {"database": str(store.location)}
             raise StoreError("recertifying needs a database that can be written", values, "Name another with --db.")
@@ -86,7 +86,7 @@ def forecast(run: Run) -> int:
     from .progress import TuneDisplay
 
     rows: list[tuple[object, ...]] = []
-    with TuningStore(run.db) as store:
+    with TuningStore(run.db, must_exist=True) as store:
         present = find_present(run)
         stale = find_stale(run, store, present)
         compiler = find_compiler(run.target or target_of(present.here["capability"]), run.jobs)

@@ -86,7 +86,7 @@ def _records(files: Sequence[Path], db: str | None) -> Iterable[TrialRecord]:
     from ..db.store import TuningStore
 
     if not files:
-        with TuningStore(db) as store:
+        with TuningStore(db, must_exist=True) as store:
             return store.trials(provider="template")
     if db is not None:
         raise InvalidInput("records come from files or from a database", {"--db": db}, "Leave one of the two out.")

@@ -16,10 +16,11 @@ import typer
 
 from ..errors import InvalidInput
 from ..plain import visible
-from .console import make_table, output, write_text
+from .console import count_text, make_table, output, write_text
 
 Row = dict[str, Any]
 MAX_CELL_CHARS = 60  # of a reason or config in a table
+SAID_ONCE = ("gpu", "base", "other")  # above a table, where all rows have the same
 DEFAULT_LIMIT = 50  # rows of a table; other formats give all
 
 
@@ -64,9 +65,11 @@ def give_rows(
 ) -> None:
     """Print the named columns, or write them to `out` as a whole or not at all."""
     if style is RowFormat.table:
+        names, shared = say_once(rows, names) if less_important else (names, "")
         numbers = {name for row in rows for name in names if _is_number(row[name])}
         cells = [[_shorten(row[name]) for name in names] for row in rows]
-        output().print(f"{title}: {len(rows)} rows", markup=False)  # a title would be wrapped to a narrow table
+        # a title would be wrapped to a narrow table
+        output().print(f"{title}: {count_text(len(rows), 'row')}{shared}", markup=False, soft_wrap=True)
         output().print(make_table("", names, cells, numbers, less_important))
         return
     if style is RowFormat.parquet:
@@ -78,7 +81,13 @@ def give_rows(
             typer.echo(text, nl=False)
             return
         write_text(out, text)
-    typer.echo(f"{out}: {len(rows)} rows")
+    typer.echo(f"{out}: {count_text(len(rows), 'row')}")
+
+
+def say_once(rows: Sequence[Row], names: Sequence[str]) -> tuple[list[str], str]:
+    """The names less those of SAID_ONCE that have one value in all rows, and a text that says these."""
+    same = {name: str(rows[0][name]) for name in names if name in SAID_ONCE and len({row[name] for row in rows}) == 1}
+    return [name for name in names if name not in same], "".join(f", {name} {value}" for name, value in same.items())
 
 
 def write_parquet(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:

@@ -11,7 +11,7 @@ import typer
 from ..errors import UnknownName
 from ..spec import KernelSpec
 from . import options
-from .console import errors, output
+from .console import count_text, errors, output
 
 if TYPE_CHECKING:
     from ..db import WinnerRecord
@@ -57,12 +57,13 @@ def ship(
     if order.targets:
         text = f"compiling every kernel for {', '.join(order.targets)}: a second or a few each"
         messages.print(text, markup=False, soft_wrap=True)
-    with TuningStore(db) as store:
+    with TuningStore(db, must_exist=True) as store:
         made = make_package(store, order, out, report)
     if made.stale:
-        messages.print(f"{made.stale} winners of changed templates are left out", markup=False)
-    binaries = f", {made.binaries} compiled binaries" if order.targets else ""
-    counts = f"{made.winners} winners of {made.gpu}, {made.kernels} kernels{binaries}"
+        left_out = count_text(made.stale, "winner of a changed template is", "winners of changed templates are")
+        messages.print(f"{left_out} left out", markup=False)
+    binaries = f", {count_text(made.binaries, 'compiled binary', 'compiled binaries')}" if order.targets else ""
+    counts = f"{count_text(made.winners, 'winner')} of {made.gpu}, {count_text(made.kernels, 'kernel')}{binaries}"
     output().print(f"{made.name}: {counts}; pip install {out}", markup=False, soft_wrap=True)
 
 

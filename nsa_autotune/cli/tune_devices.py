@@ -31,15 +31,19 @@ LOOK_S = 0.1
 
 
 def choose_devices(text: str) -> tuple[str, ...]:
-    """The devices that `cuda:0,cuda:1` or `all` names; InvalidInput if there is none."""
-    if text.strip() != "all":
-        return tuple(options.check_device(name) for name in options.split([text], "--devices"))
+    """The devices that `cuda:0,cuda:1` or `all` names; InvalidInput if one of them is not here."""
     import torch
 
-    found = tuple(f"cuda:{index}" for index in range(torch.cuda.device_count()))
-    if not found:
-        raise InvalidInput("--devices all needs a GPU", {"found": 0}, "Look for it with nsa-autotune doctor.")
-    return found
+    everything = text.strip() == "all"
+    named = () if everything else tuple(options.check_device(name) for name in options.split([text], "--devices"))
+    count = torch.cuda.device_count()
+    if not count:
+        raise InvalidInput(f"--devices {text} needs a GPU", {"found": 0}, "Look for it with nsa-autotune doctor.")
+    if absent := [name for name in named if int(name.partition(":")[2] or 0) >= count]:
+        raise InvalidInput(
+            "there is no such GPU here", {"--devices": absent, "found": count}, f"The last is cuda:{count - 1}."
+        )
+    return tuple(f"cuda:{index}" for index in range(count)) if everything else named
 
 
 @dataclass

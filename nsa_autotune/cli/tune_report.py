@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..spec import KernelSpec, Problem
-from .console import errors, gain_text, make_table, output, problem_text
+from .console import count_text, errors, gain_text, make_table, output, problem_text
 
 if TYPE_CHECKING:
     from ..db.records import WinnerRecord
@@ -48,7 +48,8 @@ def print_winners(outcomes: Sequence[Outcome]) -> bool:
         errors().print(effort_text(effort), markup=False, soft_wrap=True)
     failed = [outcome for outcome in outcomes if outcome.kind == "failed"]
     if failed:
-        text = f"{len(failed)} problems have no winner: nsa-autotune db query --table trials --family FAMILY"
+        number = count_text(len(failed), "problem has", "problems have")
+        text = f"{number} no winner: nsa-autotune db query --table trials --family FAMILY"
         errors().print(text, style="red", markup=False, soft_wrap=True)
     return not failed
 

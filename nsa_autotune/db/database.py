@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
+
+from sqlalchemy.orm import Session
 
 from ..errors import InvalidInput, UnknownName
 from .best import best_rows
@@ -12,6 +14,7 @@ from .compare import Values, compare_configs, compare_gpus, compare_versions
 from .counts import count_rows
 from .history import Between, check_between, history_rows, regression_rows
 from .models import TrialRow
+from .names import check_about, check_config, check_versions, count_about
 from .narrow import About, trials_about, winners_about
 from .query import query_rows
 from .records import TrialRecord, WinnerRecord
@@ -25,23 +28,25 @@ SQL_LIMIT = 1000  # rows of a statement
 
 Row = dict[str, Any]
 Problem = Mapping[str, object]
+Found = TypeVar("Found")
 
 
 class TuningDatabase:
-    """Questions to a database; it only reads. Open one by URL, or ask a TuningStore, which then stays open.
+    """Questions to a database; it only reads. Open an existing one by URL, or ask a TuningStore, which stays open.
 
     Rows are dicts of texts, numbers, booleans and None, the same names in all rows of an answer, ready for
     pandas.DataFrame. Shared arguments: `gpu` is a part of the name in any case; `problem` holds values of problem
     fields, constants of NSA among them; `current_templates` (family to digest) tells what is stale, and makes winners
     of the present templates come before later ones of others.
-    Methods raise UnknownName or InvalidInput for a question that has no sense, StoreError as TuningStore does.
+    Methods raise UnknownName or InvalidInput for a question that has no sense or names what no record has, StoreError
+    as TuningStore does.
     """
 
     def __init__(
         self, database: str | TuningStore | None = None, *, current_templates: Mapping[str, str] | None = None
     ) -> None:
         self._owns = not isinstance(database, TuningStore)
-        self.store = database if isinstance(database, TuningStore) else TuningStore(database)
+        self.store = database if isinstance(database, TuningStore) else TuningStore(database, must_exist=True)
         self.current_templates = current_templates
 
     def __enter__(self) -> Self:
@@ -76,7 +81,8 @@ class TuningDatabase:
             raise UnknownName(f"by must be one of {', '.join(BY)}", {"by": by})
         about = About(gpu, family, problem or {}, policy)
         with self.store.reading() as session:
-            return best_rows(session, about, self.current_templates, by=by, limit=limit)
+            rows = best_rows(session, about, self.current_templates, by=by, limit=limit)
+            return self._checked(session, about, rows)
 
     def compare(
         self,
@@ -104,10 +110,12 @@ class TuningDatabase:
         about = About(gpu, family, problem or {}, policy)
         with self.store.reading() as session:
             if between is not None:
-                return compare_versions(session, about, between)[:limit]
-            if configs:
-                return compare_configs(session, about, *configs)[:limit]
-            return compare_gpus(session, about, gpus, self.current_templates)[:limit]
+                rows = compare_versions(session, about, between)
+            elif configs:
+                rows = compare_configs(session, about, *configs)
+            else:
+                rows = compare_gpus(session, about, gpus, self.current_templates)
+            return self._checked(session, about, rows, between, configs)[:limit]
 
     def history(
         self,
@@ -123,7 +131,8 @@ class TuningDatabase:
         Where a later winner took a winner's place, the fastest of its final race stands for it, with verdict `final`.
         """
         with self.store.reading() as session:
-            return history_rows(session, About(gpu, family, problem or {}, policy), limit)
+            about = About(gpu, family, problem or {}, policy)
+            return self._checked(session, about, history_rows(session, about, limit))
 
     def regressions(
         self,
@@ -145,7 +154,7 @@ class TuningDatabase:
         check_between(between)
         with self.store.reading() as session:
             about = About(gpu, family, problem or {}, policy)
-            return regression_rows(session, about, loss, between, limit)
+            return self._checked(session, about, regression_rows(session, about, loss, between, limit), between)
 
     def stats(self, *, gpu: str = "", family: str = "", problem: Problem | None = None, policy: str = "") -> list[Row]:
         """Numbers of trials by status, predictions and winners by verdict, for each GPU and family.
@@ -153,7 +162,8 @@ class TuningDatabase:
         `problems` were measured or have a winner, `tuned` have one; `coverage` is their ratio.
         """
         with self.store.reading() as session:
-            return count_rows(session, About(gpu, family, problem or {}, policy))
+            about = About(gpu, family, problem or {}, policy)
+            return self._checked(session, about, count_rows(session, about))
 
     def query(
         self,
@@ -168,7 +178,7 @@ class TuningDatabase:
     ) -> list[Row]:
         """Winners or trials, newest first; see TuningStore.query."""
         with self.store.reading() as session:
-            return query_rows(
+            rows = query_rows(
                 session,
                 gpu=gpu,
                 family=family,
@@ -179,22 +189,32 @@ class TuningDatabase:
                 limit=limit,
                 current_templates=self.current_templates,
             )
+            return self._checked(session, About(gpu, family, problem or {}), rows)
+
+    def counts(
+        self, *, gpu: str = "", family: str = "", problem: Problem | None = None, policy: str = ""
+    ) -> dict[str, int]:
+        """Numbers of winners, measured trials and predictions: what there is where another answer is empty."""
+        with self.store.reading() as session:
+            return count_about(session, About(gpu, family, problem or {}, policy))
 
     def winners(
         self, *, gpu: str = "", family: str = "", problem: Problem | None = None, policy: str = ""
     ) -> list[WinnerRecord]:
         """Winners as whole records, newest first."""
         with self.store.reading() as session:
-            where = winners_about(session, About(gpu, family, problem or {}, policy))
-            return [winner_of(*row) for row in session.execute(select_winners(where))]
+            about = About(gpu, family, problem or {}, policy)
+            rows = session.execute(select_winners(winners_about(session, about)))
+            return self._checked(session, about, [winner_of(*row) for row in rows])
 
     def trials(
         self, *, gpu: str = "", family: str = "", problem: Problem | None = None, policy: str = ""
     ) -> list[TrialRecord]:
         """Measured trials as whole records, newest first."""
         with self.store.reading() as session:
-            where = trials_about(session, About(gpu, family, problem or {}, policy))
-            return [trial_of(*row) for row in session.execute(select_trials([TrialRow.kind == "measured", *where]))]
+            about = About(gpu, family, problem or {}, policy)
+            where = [TrialRow.kind == "measured", *trials_about(session, about)]
+            return self._checked(session, about, [trial_of(*row) for row in session.execute(select_trials(where))])
 
     def sql(self, text: str, *, limit: int = SQL_LIMIT) -> Answer:
         """The first `limit` rows of one SELECT; InvalidInput if it would write, or is not understood."""
@@ -202,3 +222,20 @@ class TuningDatabase:
             raise InvalidInput("limit is a number of rows", {"limit": limit}, f"The default is {SQL_LIMIT}.")
         with self.store.reading() as session:
             return ask(session, self.store.location, text, limit)
+
+    def _checked(
+        self,
+        session: Session,
+        about: About,
+        rows: list[Found],
+        between: Between | None = None,
+        configs: Sequence[Values] = (),
+    ) -> list[Found]:
+        """The rows; without one UnknownName if the question names what nothing in the database has."""
+        if not rows:
+            check_about(session, about, self.current_templates or ())
+            if between is not None:
+                check_versions(session, between[0], between[1:])
+            for values in configs:
+                check_config(session, about.family, values)
+        return rows

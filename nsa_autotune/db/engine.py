@@ -22,6 +22,8 @@ BUSY_TIMEOUT_MS = 30_000
 MAX_VALUE_BYTES = 64 * 2**20  # of a text in a file that is only read: it may be somebody else's
 # of PostgreSQL's client library: a host that is gone is noticed within a minute, not after hours
 LIVELINESS = {"connect_timeout": 10, "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
+ENDINGS = (".sqlite", ".sqlite3", ".db")  # that make a text a path
+NAMES = "Write tuned.sqlite, sqlite:////folder/tuned.sqlite or postgresql+psycopg://USER@HOST/NAME."
 OTHER_DATABASE = "Name another database with `--db URL` or NSA_AUTOTUNE_DB, for example sqlite:////tmp/tuning.sqlite."
 # fragments of the drivers' messages -> rule, remedy
 EXPLANATIONS = (
@@ -72,24 +74,40 @@ class Location:
         return self.is_sqlite and self.path is None
 
     def __str__(self) -> str:
-        return str(self.path) if self.path is not None else self.url.render_as_string(hide_password=True)
+        return str(self.path) if self.path is not None else _hidden(self.url)
 
 
 def parse_location(text: str) -> Location:
-    """The location that a URL names."""
+    """The location that a URL names, or the path of a SQLite file."""
+    if "://" not in text and (text.endswith(ENDINGS) or Path(text).is_file()):
+        path = Path(text).expanduser().absolute()
+        return Location(URL.create("sqlite", database=str(path)), path)
     try:
         url = make_url(text)
     except ArgumentError as error:
-        raise StoreError(
-            "a database is named by a URL", {"url": text}, "Write sqlite:///folder/file.sqlite."
-        ) from error
+        raise StoreError("a database is named by a URL or a path", {"url": text}, NAMES) from error
+    if url.get_backend_name() not in ("sqlite", "postgresql"):
+        raise StoreError("no such kind of database", {"url": _hidden(url)}, "It is a SQLite file or PostgreSQL.")
     if url.get_backend_name() != "sqlite" or url.database in (None, "", ":memory:"):
         return Location(url, None)
     database = str(url.database)
     if database.startswith("file:"):
-        raise StoreError("SQLite's own file: URIs are not taken", {"url": text}, "Write sqlite:///folder/file.sqlite.")
+        raise StoreError("SQLite's own file: URIs are not taken", {"url": text}, NAMES)
+    _refuse_lost_slash(text, database)
     path = Path(database).expanduser().absolute()
     return Location(url.set(database=str(path)), path)
+
+
+def _refuse_lost_slash(text: str, database: str) -> None:
+    """Raise StoreError for sqlite:///tmp/x.sqlite where there is a /tmp and no tmp here: four slashes were meant."""
+    first, _, rest = database.partition("/")
+    if first and rest and Path("/", first).is_dir() and not Path(first).exists():
+        remedy = f"Write sqlite:////{database}, with four slashes, or sqlite:///./{database} for a new folder here."
+        raise StoreError("three slashes begin a path in the current folder", {"url": text}, remedy)
+
+
+def _hidden(url: URL) -> str:
+    return url.render_as_string(hide_password=True)
 
 
 def is_read_only(location: Location) -> bool:
@@ -117,19 +135,24 @@ def open_engine(location: Location) -> Engine:
 
 def open_read_only_engine(location: Location) -> Engine:
     """An engine that cannot write to an existing SQLite file."""
-    mode = "ro"
+    mode = read_only_mode(location)
+    engine = create_engine("sqlite://", poolclass=QueuePool, creator=lambda: connect_read_only(location, mode))
+    event.listen(engine, "connect", _configure)
+    event.listen(engine, "begin", _begin)
+    return engine
+
+
+def read_only_mode(location: Location) -> str:
+    """How `connect_read_only` opens an existing SQLite file, also in a folder where nothing can be written."""
     try:
-        with closing(connect_read_only(location, mode)) as connection:
+        with closing(connect_read_only(location, "ro")) as connection:
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     except sqlite3.OperationalError:
         if _has_log(location):
             raise  # what the log holds would be missed
         # In a read-only folder SQLite opens a WAL database only on our word that nobody changes it meanwhile.
-        mode = "ro&immutable=1"
-    engine = create_engine("sqlite://", poolclass=QueuePool, creator=lambda: connect_read_only(location, mode))
-    event.listen(engine, "connect", _configure)
-    event.listen(engine, "begin", _begin)
-    return engine
+        return "ro&immutable=1"
+    return "ro"
 
 
 def for_writing(engine: Engine) -> Engine:
@@ -192,7 +215,7 @@ def _server_engine(location: Location) -> Engine:
     try:
         return create_engine(location.url, pool_pre_ping=True, connect_args=arguments)
     except NoSuchModuleError as error:
-        raise StoreError("no such kind of database", {"url": str(location)}, "Use sqlite or postgresql.") from error
+        raise StoreError("no such driver of PostgreSQL", {"url": str(location)}, "Use postgresql+psycopg.") from error
     except ImportError as error:
         raise StoreError(
             "the driver of the database is not installed",

@@ -82,10 +82,12 @@ def read_lines(path: Path, judge: Judge | None = None) -> Generator[Record, None
 
 def write_atomically(path: Path, text: str) -> None:
     """Write the whole file or nothing: a temporary file in the same folder takes its name at the end."""
+    remedy = "Name a file in an existing folder that you may write."
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
-        raise StoreError("the file cannot be written", {"folder": str(path.parent), "message": str(error)}) from error
+        values = {"path": str(path), "message": error.strerror}
+        raise StoreError("the file cannot be written", values, remedy) from error
     temporary = Path(name)
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
@@ -95,7 +97,8 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.chmod(0o644)  # mkstemp makes it private
         temporary.replace(path)
     except OSError as error:
-        raise StoreError("the file cannot be written", {"path": str(path), "message": str(error)}) from error
+        values = {"path": str(path), "message": error.strerror}
+        raise StoreError("the file cannot be written", values, remedy) from error
     finally:
         temporary.unlink(missing_ok=True)
 

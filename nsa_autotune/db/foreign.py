@@ -10,11 +10,11 @@ from pathlib import Path
 
 from ..errors import StoreError
 from .checks import shorten
-from .engine import connect_read_only, parse_location, store_errors
+from .engine import connect_read_only, parse_location, read_only_mode, store_errors
 from .migrate import VERSION_TABLE, head_revision
+from .place import OURS
 from .store import TuningStore
 
-OURS = "nsa_"  # how the names of our tables begin
 MAX_FAULTS = 20  # that a check of a whole file lists
 
 
@@ -26,7 +26,7 @@ def open_foreign(url: str) -> Iterator[TuningStore]:
         if location.path is not None:
             if not location.path.is_file():
                 raise StoreError("there is no such database", {"database": str(location)}, "Name an existing one.")
-            with store_errors(location), closing(connect_read_only(location, "ro")) as connection:
+            with store_errors(location), closing(connect_read_only(location, read_only_mode(location))) as connection:
                 _refuse_more_than_tables(connection, location.path)
                 _refuse_damage(connection, location.path)
                 is_old = _revision(connection) != head_revision()

@@ -48,6 +48,12 @@ def config_has(session: Session, values: Mapping[str, object]) -> list[ColumnEle
     return [_equals(session, VariantRow.config, (name,), value) for name, value in values.items()]
 
 
+def problem_has(session: Session, name: str, value: object) -> ColumnElement[bool]:
+    """A condition on nsa_problems: the field, which may be a constant of NSA, has this value."""
+    path = ("nsa", name) if name in NSA_FIELDS else (name,)
+    return _equals(session, ProblemRow.problem, path, value)
+
+
 def check_problem_fields(names: Sequence[str] | Mapping[str, object]) -> None:
     """Raise UnknownName unless all are fields of a problem."""
     if unknown := sorted(set(names) - set(PROBLEM_FIELDS)):
@@ -64,9 +70,7 @@ def _about(session: Session, about: About, table: type[TrialRow] | type[WinnerRo
             named = FingerprintRow.gpu == about.gpu
         where.append(table.fingerprint_id.in_(select(FingerprintRow.id).where(named)))
     asked = [ProblemRow.family == about.family] if about.family else []
-    for name, value in about.problem.items():
-        path = ("nsa", name) if name in NSA_FIELDS else (name,)
-        asked.append(_equals(session, ProblemRow.problem, path, value))
+    asked += [problem_has(session, name, value) for name, value in about.problem.items()]
     if asked:
         where.append(table.problem_id.in_(select(ProblemRow.id).where(*asked)))
     if about.policy:

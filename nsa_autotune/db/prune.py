@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session, aliased
 
 from ..errors import InvalidInput
 from .models import DesignRow, FingerprintRow, ProblemRow, TrialRow, VariantRow, WinnerRow
+from .names import check_family, gpus_named
 from .store import TuningStore
 
 QUARANTINE = ("crash", "timeout")  # failures that keep a config from being launched again
@@ -29,7 +30,7 @@ class Pruning:
     predicted: bool = False  # predictions; else measurements
     family: str | None = None
     template_digest: str | None = None
-    gpu: str | None = None  # the GPU's name, in full
+    gpu: str | None = None  # a part of its name
     fingerprint_digest: str | None = None
 
 
@@ -53,14 +54,19 @@ def prune(
 
     Kept whatever the conditions: what a winner refers to; every race, confirmation and baseline of a winner's problem
     on its fingerprint; every trial of a winner's own config. `current_templates` has the digest of each family.
-    InvalidInput without a condition.
+    InvalidInput without a condition, UnknownName for a family or GPU that the database does not know.
     """
     if pruning in (Pruning(), Pruning(predicted=True)):
-        raise InvalidInput(
-            "pruning needs a condition", {}, "Give --older-than, --stale, --failed, --family, --gpu or a digest."
-        )
+        rule = "pruning needs a condition"
+        if pruning.predicted:
+            rule += ", and --predicted only chooses predictions in the place of measurements"
+        raise InvalidInput(rule, {}, "Give --older-than, --stale, --failed, --family, --gpu or a digest.")
     with store.transaction(write=not dry_run) as session:
+        if pruning.family is not None:
+            check_family(session, pruning.family, current_templates)
         wanted = _wanted(pruning, current_templates)
+        if pruning.gpu is not None:
+            wanted.append(FingerprintRow.gpu.in_(gpus_named(session, pruning.gpu)))
         evidence = _is_evidence()
         counts = _count(session, and_(*wanted, not_(evidence)))
         kept = sum(_count(session, and_(*wanted, evidence)).values())
@@ -88,7 +94,6 @@ def _wanted(pruning: Pruning, current: Mapping[str, str]) -> list[ColumnElement[
     equal = {
         VariantRow.family: pruning.family,
         VariantRow.template_digest: pruning.template_digest,
-        FingerprintRow.gpu: pruning.gpu,
         FingerprintRow.digest: pruning.fingerprint_digest,
     }
     return found + [column == value for column, value in equal.items() if value is not None]

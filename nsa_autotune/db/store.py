@@ -14,7 +14,7 @@ from typing import Any, Self
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from ..errors import StoreError, UnknownName
+from ..errors import StoreError
 from .designs import DesignRecord, insert_design, read_designs
 from .engine import (
     OTHER_DATABASE,
@@ -25,12 +25,14 @@ from .engine import (
     parse_location,
     store_errors,
 )
-from .exchange import RECORD_TYPES, Record, format_lines, parse_lines, write_atomically
+from .exchange import RECORD_TYPES, format_lines, parse_lines, write_atomically
+from .export import select_records
 from .known import KnownWinner, read_known
 from .merge import ImportSummary, add_records, merge_file, merge_store
 from .migrate import ensure_schema, lock_setup
 from .models import ShippedFileRow, WinnerRow
 from .paths import chosen_url, shipped_files
+from .place import check_place
 from .query import query_rows
 from .records import TrialRecord, WinnerRecord
 from .rows import insert_trial, read_predictions, read_trials, read_winners, upsert_winner
@@ -47,11 +49,14 @@ class TuningStore:
     Every write is one transaction: it is there whole or not at all. Several processes may write at once; threads of
     one process may share a store; a forked child must open its own. Every method raises StoreError when the database
     is damaged, busy for 30 seconds, full or read-only. An existing file that may not be written is opened for reading,
-    and so is every database with `read_only`.
+    and so is every database with `read_only`. With `must_exist` a file that `url` names is not made anew.
     """
 
-    def __init__(self, url: str | None = None, *, import_shipped: bool = True, read_only: bool = False) -> None:
+    def __init__(
+        self, url: str | None = None, *, import_shipped: bool = True, read_only: bool = False, must_exist: bool = False
+    ) -> None:
         self.location = parse_location(chosen_url(url))
+        check_place(self.location, must_exist=must_exist and url is not None)
         self.read_only = read_only or is_read_only(self.location)
         self._lock = threading.RLock()
         self._closed = False
@@ -225,18 +230,10 @@ class TuningStore:
     ) -> int:
         """Write records, predictions included, as JSON lines, atomically; return their number.
 
-        A design has no family: `family` leaves all of them out.
+        `gpu` is a part of the name; UnknownName if no GPU has it. A design has no family: `family` leaves all out.
         """
-        if unknown := sorted(set(records) - RECORD_TYPES.keys()):
-            raise UnknownName(f"records must be of {', '.join(RECORD_TYPES)}", {"records": unknown})
-        found: list[Record] = []
         with self._transaction() as session:
-            if "winner" in records:
-                found += read_winners(session, {"gpu": gpu, "family": family})
-            if "trial" in records:
-                found += read_trials(session, {"gpu": gpu, "family": family})
-            if "design" in records and family is None:
-                found += [d for d in read_designs(session, {}) if gpu in (None, d.fingerprint["gpu"])]
+            found = select_records(session, records, gpu, family)
         write_atomically(Path(path), format_lines(found))
         return len(found)
 

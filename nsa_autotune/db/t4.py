@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..errors import StoreError
+from ..errors import InvalidInput, StoreError
 from ..spec import digest
 from .exchange import write_atomically
 from .records import TrialRecord
@@ -34,17 +34,25 @@ UNITS = {"compile_ms": "ms", "shared_bytes": "bytes", "spill_bytes": "bytes"}
 MEASURED_US = {"time": "median_us", "time_p20": "p20_us", "time_p80": "p80_us"}
 
 
-def export_t4(trials: Iterable[TrialRecord], path: Path) -> list[Path]:
-    """Write one file a group and return them: `path` if there is one group, else `<stem>-<family>-<digest>.json`."""
+def export_t4(trials: Iterable[TrialRecord], path: Path, *, overwrite: bool = True) -> list[Path]:
+    """Write one file a group and return them: `path` if there is one group, else `<stem>-<family>-<digest>.json`.
+
+    InvalidInput if one of them is there and `overwrite` is False; then none is written.
+    """
     groups = group(trials)
     if not groups:
         raise StoreError("there is no measured trial of a template to export", {}, "Name another family or GPU.")
-    written = []
-    for name, members in sorted(groups.items()):
-        target = path if len(groups) == 1 else path.with_name(f"{path.stem}-{name}.json")
-        write_atomically(target, json.dumps(to_t4(members), indent=1, allow_nan=False) + "\n")
-        written.append(target)
-    return written
+    targets = {
+        name: path if len(groups) == 1 else path.with_name(f"{path.stem}-{name}.json") for name in sorted(groups)
+    }
+    there = [str(target) for target in targets.values() if target.exists()]
+    if there and not overwrite:
+        raise InvalidInput(
+            "a file is there already", {"paths": there}, "Overwrite it by --force, or name another file."
+        )
+    for name, target in targets.items():
+        write_atomically(target, json.dumps(to_t4(groups[name]), indent=1, allow_nan=False) + "\n")
+    return list(targets.values())
 
 
 def group(trials: Iterable[TrialRecord]) -> dict[str, list[TrialRecord]]:

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from ..errors import StoreError
 from ..spec import digest
-from .engine import connect_read_only, store_errors
+from .engine import connect_read_only, read_only_mode, store_errors
 from .exchange import parse_lines
 from .foreign import file_faults
 from .models import FingerprintRow, ProblemRow, ShippedFileRow, VariantRow
@@ -52,8 +52,10 @@ def _file_findings(store: TuningStore) -> Iterator[Finding]:
     """Of a SQLite file; a server keeps its pages and references itself."""
     if store.location.path is None:
         return
-    with store_errors(store.location), closing(connect_read_only(store.location, "ro")) as connection:
-        faults = file_faults(connection)
+    with store_errors(store.location):
+        mode = read_only_mode(store.location)
+        with closing(connect_read_only(store.location, mode)) as connection:
+            faults = file_faults(connection)
     yield from (Finding(str(store.location), fault) for fault in faults)
 
 

@@ -56,7 +56,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 def unknown_name(what: str, name: str, known: Iterable[str]) -> UnknownName:
     """The error for a misspelt name: lists the known ones and offers the closest."""
     names = list(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     hint = f"Did you mean {close[0]!r}? " if close else ""
     return UnknownName(f"there is no {what} of this name", {what: name}, f"{hint}Known: {', '.join(names)}.")
 

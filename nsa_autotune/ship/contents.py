@@ -6,7 +6,9 @@ import hashlib
 import json
 import keyword
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,9 @@ MODULES = ("errors", "config", "layout", "dense", "reference", *PAGED, "gradient
 NOT_COPIED = ("dispatch/sources.py",)  # the package has its own
 CODEGEN = ("codegen/__init__.py", "codegen/files.py", "codegen/shapes.py")  # what the runtime needs of codegen
 
+NEEDED = ("torch", "triton", "nsa_autotune")
+OWN_NAME = "Choose a name of its own, such as nsa_tuned_h100."
+
 Files = dict[str, bytes]  # by path relative to the package's project
 
 
@@ -39,9 +44,29 @@ def default_name(gpu: str) -> str:
 
 def check_name(name: str) -> None:
     """Raise InvalidInput unless a package may be called so."""
-    if re.fullmatch(r"[a-z][a-z0-9_]*[a-z0-9]", name) is None or keyword.iskeyword(name) or name == "nsa_autotune":
+    if re.fullmatch(r"[a-z][a-z0-9_]*[a-z0-9]", name) is None or keyword.iskeyword(name):
         remedy = "Write small letters, digits and underscores, such as nsa_tuned_h100."
         raise InvalidInput("a package needs a name that Python can import", {"--name": name}, remedy)
+    if name in NEEDED or name in sys.stdlib_module_names:
+        raise InvalidInput("a package must not hide what it needs, or a module of Python", {"--name": name}, OWN_NAME)
+
+
+def check_replaces_nothing(name: str) -> None:
+    """Raise InvalidInput for a name under which something else is installed here: pip would overwrite it."""
+    found = set(metadata.packages_distributions().get(name, ()))
+    with suppress(metadata.PackageNotFoundError):
+        found.add(metadata.distribution(name.replace("_", "-")).name)
+    others = sorted(project for project in found if not _is_shipped(project))
+    if others:
+        values = {"--name": name, "installed": others}
+        raise InvalidInput(
+            "another project of this name is installed, which the package would replace", values, OWN_NAME
+        )
+
+
+def _is_shipped(project: str) -> bool:
+    summary = str(metadata.metadata(project)["Summary"])
+    return summary.startswith(texts.SUMMARY)  # an earlier one of ours may be replaced
 
 
 def build(

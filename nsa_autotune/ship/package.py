@@ -15,7 +15,7 @@ from ..errors import InvalidInput
 from ..kernels import all_specs
 from .choice import ProblemsOf, Wanted, choose_gpu, choose_kernels, choose_winners
 from .compiled import compile_binaries
-from .contents import Files, build, check_name, default_name
+from .contents import Files, build, check_name, check_replaces_nothing, default_name
 
 Report = Callable[[str], None]
 
@@ -53,6 +53,7 @@ def make_package(store: TuningStore, order: Order, out: Path, report: Report) ->
     gpu = choose_gpu((winner.fingerprint["gpu"] for winner in known), order.gpu)
     name = order.name or default_name(gpu)
     check_name(name)
+    check_replaces_nothing(name)
     chosen = choose_winners(known, gpu, lambda s, w: s.family in (order.families or all_specs()) and order.wanted(s, w))
     kernels = choose_kernels(chosen.winners, order.families or tuple(all_specs()), order.problems_of)
     trials = {winner.digest: trials_of(store, winner) for winner in chosen.winners}

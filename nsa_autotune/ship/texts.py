@@ -12,6 +12,8 @@ from ..spec import Problem
 
 PACKAGES = ("codegen", "dispatch", "kernels", "nn", "ops")  # folders with modules of the runtime
 
+SUMMARY = "Native Sparse Attention with Triton kernels tuned on"  # of a project, followed by its GPU
+
 _PYPROJECT = Template("""\
 [build-system]
 requires = ["setuptools>=77"]
@@ -20,7 +22,7 @@ build-backend = "setuptools.build_meta"
 [project]
 name = "$project"
 version = "$version"
-description = "Native Sparse Attention with Triton kernels tuned on $gpu"
+description = "$summary $gpu"
 readme = "README.md"
 license = "Apache-2.0"
 license-files = ["LICENSE"]
@@ -96,7 +98,13 @@ def pyproject(name: str, version: str, gpu: str, bounds: dict[str, str]) -> str:
     """The package's pyproject.toml; `bounds` are the oldest versions of torch and triton."""
     packages = json.dumps([name, *(f"{name}.{part}" for part in PACKAGES)])
     return _PYPROJECT.substitute(
-        project=name.replace("_", "-"), name=name, version=version, gpu=gpu, packages=packages, **bounds
+        project=name.replace("_", "-"),
+        name=name,
+        version=version,
+        gpu=gpu,
+        packages=packages,
+        summary=SUMMARY,
+        **bounds,
     )
 
 

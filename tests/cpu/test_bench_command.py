@@ -403,6 +403,7 @@ def test_the_command_prints_tables_and_writes_json(
 
 
 def test_without_untuned_the_database_is_asked(on_a_gpu: list[TuningStore | None], tmp_path: Path) -> None:
+    TuningStore(f"sqlite:///{tmp_path / 'tuning.sqlite'}").close()
     assert main(("bench", *COMMAND, "--seq", "64", "--db", f"sqlite:///{tmp_path / 'tuning.sqlite'}")) == 0
     assert on_a_gpu and all(isinstance(source, TuningStore) for source in on_a_gpu)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cpu.ask_fakes import A100, FAMILY, H100, NEW, config_of, trial, winner
+from cpu.ask_fakes import A100, FAMILY, H100, NEW, OLD, config_of, trial, winner
 from cpu.recorded_fakes import invented_records, invented_time
 
 from nsa_autotune.cli.app import main
@@ -51,7 +51,7 @@ def ask(url: str, capsys: pytest.CaptureFixture[str]) -> Ask:
 
 def test_best_as_table_json_and_csv(ask: Ask, tmp_path: Path) -> None:
     code, out, _ = ask("best", "--gpu", "h100")
-    assert code == 0 and "best: 1 rows" in out and "2026-01-02" in out and "confirmed" in out
+    assert code == 0 and "best: 1 row" in out and "2026-01-02" in out and "confirmed" in out
     (row,) = json.loads(ask("best", "--gpu", "h100", "--format", "json")[1])
     assert (row["median_us"], row["stale"], row["triton"], row["samples"]) == (110, False, "3.9.0", 3)
     code, out, _ = ask("best", "--by", "seq", "--format", "csv", "--out", str(tmp_path / "best.csv"))
@@ -74,9 +74,9 @@ def test_history_and_regressions(ask: Ask) -> None:
     rows = json.loads(ask("history", "--gpu", "H100", "--format", "json")[1])
     assert [(row["median_us"], row["ratio"]) for row in rows] == [(110, 1.1), (100, None)]
     code, out, _ = ask("history", "--regressions", "--between", "triton=3.6.0..3.9.0")
-    assert code == 0 and "regressions: 1 rows" in out
+    assert code == 0 and "regressions: 1 row" in out
     assert "regressions: 0 rows" in ask("history", "--regressions", "--loss", "15%")[1]
-    assert "regressions: 1 rows" in ask("history", "--regressions", "--loss", "0.05")[1]
+    assert "regressions: 1 row" in ask("history", "--regressions", "--loss", "0.05")[1]
 
 
 def test_stats(ask: Ask) -> None:
@@ -113,7 +113,7 @@ def test_sql(ask: Ask) -> None:
     code, out, _ = ask("sql", "SELECT status, count(*) AS n FROM nsa_trials GROUP BY status", "--format", "csv")
     assert (code, out) == (0, "status,n\nok,1\ntimeout,1\n")
     code, out, err = ask("sql", "SELECT id FROM nsa_trials", "--limit", "1")
-    assert code == 0 and "sql: 1 rows" in out and "more rows than 1" in err
+    assert code == 0 and "sql: 1 row" in out and "more rows than 1" in err
     code, _, err = ask("sql", "DELETE FROM nsa_trials")
     assert code == 2 and "may only read" in err
 
@@ -127,6 +127,17 @@ def test_sql(ask: Ask) -> None:
         (("best", "--format", "parquet"), ("--out rows.parquet",)),
         (("best", "--out", "x.csv"), ("a table is printed", "--format csv")),
         (("best", "--format", "csv", "--out", "/nowhere/x.csv"), ("cannot be written", "/nowhere/x.csv")),
+        (("best", "--gpu", "B200"), ("no GPU of this name", "NVIDIA A100")),
+        (("query", "--gpu", "B200"), ("no GPU of this name", "NVIDIA A100")),
+        (("history", "--problem", "seq_k=banana"), ("banana", "seq_k: 8192")),
+        (("compare", "--between", "triton=9.9..9.8"), ("triton", "3.6.0, 3.9.0")),
+        (("compare", "--config", "num_warps=8", "--config", "nope=8", "--family", FAMILY), ("nope", "num_warps")),
+        (("compare", "--config", "num_warps=8", "--config", "num_warps=99", "--family", FAMILY), ("num_warps: ", "8")),
+        (("export", "-", "--gpu", "B200"), ("no GPU of this name", "NVIDIA A100")),
+        (("export", "-", "--family", "nope"), ("no family of this name", FAMILY)),
+        (("studies", "new", "--gpu", "B200"), ("no GPU of this name", "NVIDIA A100")),
+        (("prune", "--gpu", "B200"), ("no GPU of this name", "NVIDIA A100")),
+        (("prune", "--family", "nope"), ("no family of this name", FAMILY)),
         (("compare", "--gpu", "V100,H100"), ("no GPU of this name", "NVIDIA A100")),
         (("compare", "--gpu", "H100,A100", "--between", "triton=1..2"), ("one thing is compared",)),
         (("compare", "--between", "triton"), ("VERSION=OLD..NEW",)),
@@ -213,3 +224,82 @@ def test_worth_names_the_evaluator_and_the_evidence(ask: Ask, url: str) -> None:
     code, _, err = ask("stats", "--show", "worth", "--family", family)
     assert code == 2 and "one problem on one GPU" in err
     assert ask("stats", "--show", "worth", "--family", family, "--problem", "seq_k=8k")[0] == 0
+
+
+READING = [
+    *(("db", name) for name in ("best", "query", "compare", "history", "stats", "verify")),
+    ("db", "sql", "SELECT 1"), ("db", "export", "out"), ("db", "studies", "out"), ("db", "prune", "--failed"),
+    ("report", "--out", "out"), ("ship", "--gpu", "H100", "--out", "out"), ("doctor",), ("replay",), ("cover",),
+    ("recertify", "--dry-run"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", READING, ids=" ".join)
+def test_what_only_reads_makes_no_database(
+    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*arguments, "--db", "sqlite:///typo/tuning.sqlite"]) == 2
+    assert "there is no such database" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        ("best",), ("best", "--by", "seq"), ("history",), ("query",), ("query", "--table", "trials"), ("stats",),
+        ("query", "--kind", "predicted"), ("compare", "--gpu", "H100,A100"), ("compare", "--gpu", "H100,A100,B200"),
+        ("compare", "--between", "triton=3.6.0..3.9.0"),
+        ("compare", "--family", FAMILY, "--config", "num_warps=8,num_stages=1", "--config", "num_warps=4,num_stages=2"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_row_keeps_its_gpu_and_no_word_is_broken_in_80_columns(
+    ask: Ask, url: str, question: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with TuningStore(url) as store:
+        store.set_winner(winner(60, day=3, fingerprint={**A100, **NEW, "gpu": "NVIDIA B200"}))
+        store.add_trials([trial(20, day=4, fingerprint={**A100, **OLD}, config=config_of(num_warps=8, num_stages=1))])
+        store.add_trials([trial(20, config=config_of(num_warps=w, num_stages=s)) for w, s in ((8, 1), (4, 2))])
+        predicted = {"kind": "predicted", "predicted_us": 1.75, "samples_us": (), "p20_us": None, "p80_us": None}
+        store.add_trials([trial(None, status="ok", fingerprint=gpu, **predicted) for gpu in (H100, A100)])
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = ask(*question)
+    assert code == 0, err
+    assert max(map(len, out.splitlines()[1:])) <= 80 and "\u2026" not in out
+    words = set(out.split())
+    assert {"H100"} <= words and FAMILY in words, out
+    assert "A100" in words or "--between" in question or "--config" in question, out
+    for broken in words - {"NVIDIA"}:
+        assert broken not in ("NVID", "NVIDI", "slc_att", "bfloat1", "bfloat"), out
+    assert ("1.75" in words) == ("predicted" in question)
+
+
+def test_one_gpu_is_said_once(ask: Ask) -> None:
+    out = ask("best", "--gpu", "H100")[1]
+    assert out.startswith("best: 1 row, gpu NVIDIA H100 80GB HBM3\n") and out.count("H100") == 1
+    assert "gpu" in ask("query", "--gpu", "H100", "--columns", "gpu")[1].splitlines()[2], "asked for by name"
+
+
+def test_an_empty_answer_says_what_there_is(ask: Ask, url: str) -> None:
+    with TuningStore(url) as store:
+        predicted = {"kind": "predicted", "predicted_us": 1.75, "samples_us": (), "p20_us": None, "p80_us": None}
+        b200 = {**A100, "gpu": "NVIDIA B200"}
+        store.add_trials([trial(None, status="ok", fingerprint=b200, tokens=n, **predicted) for n in (8192, 65536)])
+    code, out, err = ask("best", "--gpu", "B200", "--format", "json")
+    assert (code, out) == (0, "[]\n")
+    assert err == "no row; of this GPU, family and problem there are: 2 predictions (db query --kind predicted)"
+    assert "2 predictions" in ask("query", "--gpu", "B200", "--table", "trials")[2]
+    assert ask("history", "--regressions", "--loss", "50%")[2] == "", "no regression says enough"
+
+
+def test_a_part_of_the_gpus_name_will_do(ask: Ask, url: str, tmp_path: Path) -> None:
+    code, out, err = ask("export", str(tmp_path / "a.jsonl"), "--gpu", "h100", "--records", "all")
+    assert code == 0 and "4 records" in out, err
+    assert all("H100" in line for line in (tmp_path / "a.jsonl").read_text().splitlines())
+    assert ask("studies", str(tmp_path / "s.sqlite"), "--gpu", "h100")[0] == 0
+    kept = (
+        "0 trials would go; 1 more meet the conditions and stay: trials of winners' configs, their races and baselines"
+    )
+    assert kept in ask("prune", "--gpu", "h100", "--failed", "--dry-run")[1]
+    assert ask("prune", "--gpu", "a100", "--failed", "--dry-run")[1] == "0 trials would go\n"

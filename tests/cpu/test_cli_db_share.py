@@ -85,7 +85,7 @@ def test_merge_says_which_winner_serves(run: Run, here: str, tmp_path: Path) -> 
     database(other, confirmed, make_winner(5.0, template_digest="t2"), make_trial())
     code, out, err = run("db", "merge", str(other), "--db", here)
     assert (code, err) == (0, "")
-    assert "1 trials read, 1 new; 0 designs read, 0 new; 2 winners read, 1 new" in out
+    assert "1 trial read, 1 new; 0 designs read, 0 new; 2 winners read, 1 new" in out
     assert "1 of them do not serve, for the one here goes first" in out
     assert "T 8192 HQ 64 H 4 d 128 bfloat16" in out and "{" not in out, "problems in words"
     assert "both measurements are kept" in out and "120 100 here" in out
@@ -101,7 +101,7 @@ def test_merge_takes_an_export(run: Run, here: str, tmp_path: Path) -> None:
     assert run("db", "export", str(export), "--records", "all", "--db", here)[0] == 0
     fresh = f"sqlite:///{tmp_path}/fresh.sqlite"
     code, out, _ = run("db", "merge", str(export), "--db", fresh)
-    assert code == 0 and "1 winners read, 1 new" in out
+    assert code == 0 and "1 winner read, 1 new" in out
     export.write_text(export.read_text().replace('"median_us":120.0', '"median_us":NaN'))
     code, out, err = run("db", "merge", str(export), "--db", fresh)
     assert code == 2 and "line 1" in err and "NaN is not JSON" in err and "Nothing was imported" in err
@@ -113,7 +113,7 @@ def test_an_import_again_has_nothing_new(run: Run, here: str, tmp_path: Path) ->
     assert run("db", "export", str(export), "--records", "all", "--db", here)[0] == 0
     code, out, _ = run("db", "import", str(export), "--db", here)
     assert code == 0 and out.endswith(
-        "all.jsonl: 1 trials read, 0 new; 0 designs read, 0 new; 1 winners read, 0 new; 1 of them were here already"
+        "all.jsonl: 1 trial read, 0 new; 0 designs read, 0 new; 1 winner read, 0 new; 1 of them were here already"
     )
     export.write_text("\n")
     assert run("db", "import", str(export), "--db", here)[:2] == (0, f"{export}: holds no record; nothing was added")
@@ -179,11 +179,13 @@ def test_prune_counts_first(run: Run, here: str, tmp_path: Path) -> None:
     database(tmp_path / "here.sqlite", make_trial(), make_trial(config=config, created="2024-01-01T00:00:00+00:00"))
     asked = ("db", "prune", "--older-than", "2025-01-01", "--db", here)
     code, out, _ = run(*asked, "--dry-run")
-    assert code == 0 and "1 trials would go" in out and "win_attn_fwd ok 1" in out
-    assert run(*asked)[1].endswith("1 trials are gone; 0 more meet the conditions and stay: winners rest on them")
+    assert code == 0 and "1 trial would go" in out and "win_attn_fwd ok 1" in out
+    assert run(*asked)[1].endswith("1 trial is gone")
     assert "0 trials would go; 1 more" in run("db", "prune", "--family", SPEC.family, "--dry-run", "--db", here)[1]
     code, _, err = run("db", "prune", "--db", here)
-    assert code == 2 and "needs a condition" in err
+    assert code == 2 and "needs a condition" in err and "--predicted" not in err
+    code, _, err = run("db", "prune", "--predicted", "--db", here)
+    assert code == 2 and "--predicted only chooses predictions" in err
 
 
 def test_verify_tells_by_its_exit_code(run: Run, here: str, tmp_path: Path) -> None:
@@ -205,7 +207,28 @@ def test_verify_tells_by_its_exit_code(run: Run, here: str, tmp_path: Path) -> N
     code, out, _ = run("db", "verify", "--db", here)
     assert code == 1 and "3 findings" in out and "median_us must be" in out
     code, _, err = run("db", "verify", "--db", f"sqlite:///{tmp_path}/none.sqlite")
-    assert code == 2 and "cannot be opened" in err and not (tmp_path / "none.sqlite").exists()
+    assert code == 2 and "no such database" in err and not (tmp_path / "none.sqlite").exists()
+
+
+def test_an_export_overwrites_nothing_by_itself(run: Run, here: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("mine")
+    for more in ((), ("--format", "t4")):
+        code, _, err = run("db", "export", str(path), "--db", here, *more)
+        assert code == 2 and "there already" in err and "--force" in err and path.read_text() == "mine"
+    assert run("db", "export", str(path), "--force", "--db", here)[1].endswith("a.jsonl: 1 record")
+    code, out, err = run("db", "export", "-", "--db", here)
+    assert (code, out.replace(" ", ""), err) == (0, path.read_text().replace(" ", "").strip(), "")
+    code, _, err = run("db", "export", str(tmp_path / "no" / "a.jsonl"), "--db", here)
+    assert code == 2 and "the folder of the file is missing" in err and ".a.jsonl." not in err
+    assert run("db", "export", "-", "--format", "t4", "--db", here)[0] == 2
+
+
+def test_many_files_of_t4_overwrite_nothing_either(run: Run, here: str, tmp_path: Path) -> None:
+    database(tmp_path / "here.sqlite", make_trial(), make_trial(policy="graph-cold"))
+    asked = ("db", "export", str(tmp_path / "t4.json"), "--format", "t4", "--db", here)
+    assert run(*asked)[0] == 0 and len(list(tmp_path.glob("t4-*.json"))) == 2
+    assert run(*asked)[0] == 2 and run(*asked, "--force")[0] == 0
 
 
 def test_export_in_t4(run: Run, here: str, tmp_path: Path) -> None:

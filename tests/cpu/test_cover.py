@@ -630,6 +630,7 @@ def test_a_read_only_database_is_not_applied_to(
 
 def test_shipped_winners_can_be_covered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = f"sqlite:///{tmp_path / 'tuning.sqlite'}"
+    TuningStore(place).close()
     for mode in ((), ("--leave-one-out",)):
         code, out, _ = run(capsys, "cover", "--db", place, "--format", "json", *mode)
         facts = json.loads(out)

@@ -87,10 +87,6 @@ def test_best_by_length_says_what_grew_and_changed(store: TuningStore) -> None:
         ({"problem": {"seq_k": 16384}}, [16384]),
         ({"problem": {"seq_k": "16384", "dtype": "bfloat16"}}, [16384]),
         ({"problem": {"locality": "0.8", "window_size": "512"}}, [8192, 16384]),
-        ({"problem": {"locality": 0}}, []),
-        ({"problem": {"layout": "packed"}}, []),
-        ({"family": "win_attn_fwd"}, []),
-        ({"gpu": "H1%"}, []),
         ({"gpu": "nvidia h100"}, [8192, 16384]),
         ({"policy": "graph-cold"}, []),
     ],
@@ -100,6 +96,38 @@ def test_filters(store: TuningStore, filters: dict[str, Any], tokens: list[int])
     for length in (8192, 16384):
         store.set_winner(winner(tokens=length))
     assert sorted(row["seq_k"] for row in TuningDatabase(store).best(**filters)) == tokens
+
+
+@pytest.mark.parametrize(
+    ("filters", "words"),
+    [
+        ({"gpu": "B200"}, r"no GPU of this name.*B200.*GPUs: NVIDIA H100"),
+        ({"gpu": "H1%"}, "no GPU of this name"),
+        ({"family": "nope"}, r"no family of this name.*nope.*Families: slc_attn_fwd"),
+        ({"problem": {"seq_k": "banana"}}, r"no problem.*banana.*seq_k: 8192, 65536\."),
+        ({"problem": {"locality": 0}}, r"no problem.*locality: 0\.8\."),
+        ({"problem": {"window_size": 8}}, r"no problem.*window_size: 512\."),
+    ],
+    ids=str,
+)
+def test_a_name_that_no_record_has_is_told(store: TuningStore, filters: dict[str, Any], words: str) -> None:
+    for length in (65536, 8192):
+        store.set_winner(winner(tokens=length))
+    asked = TuningDatabase(store)
+    for ask in (asked.best, asked.history, asked.regressions, asked.query, asked.stats, asked.winners, asked.trials):
+        with pytest.raises(UnknownName, match=words):
+            ask(**filters)
+    with pytest.raises(UnknownName, match=words):
+        asked.compare(between=("triton", "3.6.0", "3.6.0"), **filters)
+
+
+def test_an_empty_answer_about_known_names_is_no_mistake(store: TuningStore) -> None:
+    store.set_winner(winner(tokens=8192))
+    store.set_winner(winner(tokens=8192, fingerprint={**A100, **OLD}, problem=problem_of(16384)))
+    asked = TuningDatabase(store, current_templates={FAMILY: "t1", "win_attn_fwd": "t1"})
+    assert asked.best(gpu="A100", problem={"seq_k": 8192}) == asked.best(family="win_attn_fwd") == []
+    assert asked.counts(gpu="A100", problem={"seq_k": 8192}) == {"winners": 0, "measured": 0, "predicted": 0}
+    assert asked.counts() == {"winners": 2, "measured": 0, "predicted": 0}
 
 
 def test_unknown_fields_are_refused_even_by_an_empty_database(store: TuningStore) -> None:
@@ -159,7 +187,13 @@ def test_versions_and_configs_side_by_side(store: TuningStore) -> None:
     asked = TuningDatabase(store)
     (row,) = asked.compare(between=("triton", "3.6.0", "3.9.0"))
     assert (row["base"], row["other"], row["ratio"]) == ("triton 3.6.0", "triton 3.9.0", 0.8)
-    assert asked.compare(between=("triton", "3.6.0", "3.7.0")) == []
+    assert asked.compare(between=("triton", "3.9.0", "3.6.0"), policy="graph-cold") == []
+    with pytest.raises(UnknownName, match=r"nothing was measured with this triton.*3\.7\.0.*triton: 3\.6\.0, 3\.9\.0"):
+        asked.compare(between=("triton", "3.6.0", "3.7.0"))
+    with pytest.raises(UnknownName, match=r"tool_version: 0\.1\.0"):
+        asked.regressions(between=("tool_version", "0.1.0", "9.9.9"))
+    with pytest.raises(UnknownName, match="template_digest: t1"):
+        asked.regressions(between=("template_digest", "t1", "t7"))
     with pytest.raises(UnknownName, match=r"no such version.*triton"):
         asked.compare(between=("python", "3.11", "3.12"))
 
@@ -326,6 +360,7 @@ def test_sql_refuses_what_is_no_question(tmp_path: Path, memory: bool, statement
 
 def test_the_package_offers_it_and_it_closes_what_it_opened(tmp_path: Path) -> None:
     assert nsa_autotune.TuningDatabase is TuningDatabase
+    TuningStore(f"sqlite:///{tmp_path}/t.sqlite").close()
     with TuningDatabase(f"sqlite:///{tmp_path}/t.sqlite") as asked:
         assert asked.query(table="trials", status="ok") == []
     with pytest.raises(StoreError, match="closed"):

@@ -21,7 +21,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from cpu.store_fakes import times_of
 
-from nsa_autotune.db import TrialRecord, TuningStore, WinnerRecord, migrate, open_for_lookup, paths
+from nsa_autotune.db import TrialRecord, TuningDatabase, TuningStore, WinnerRecord, migrate, open_for_lookup, paths
 from nsa_autotune.db import store as store_module
 from nsa_autotune.db.engine import open_engine, parse_location
 from nsa_autotune.db.exchange import format_line
@@ -139,7 +139,7 @@ def test_without_write_ahead_log_the_file_is_refused(tmp_path: Path, monkeypatch
 def test_opening_waits_for_a_writer_without_log(tmp_path: Path) -> None:
     path = tmp_path / "t.sqlite"
     writer = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-    writer.execute("CREATE TABLE other (x)")
+    writer.execute("CREATE TABLE nsa_other (x)")
     writer.execute("BEGIN IMMEDIATE")  # SQLite refuses the switch at once, whatever its busy timeout
     release = threading.Timer(0.2, writer.execute, ["COMMIT"])
     release.start()
@@ -244,6 +244,7 @@ def test_every_schema_so_far_has_a_database_here() -> None:
 
 def test_tables_of_other_programs_stay(tmp_path: Path) -> None:
     path = tmp_path / "t.sqlite"
+    TuningStore(url_of(path), import_shipped=False).close()
     with sqlite3.connect(path) as plain:
         plain.execute("CREATE TABLE trials (number INTEGER)")
         plain.execute("CREATE TABLE alembic_version (version_num TEXT)")
@@ -253,6 +254,29 @@ def test_tables_of_other_programs_stay(tmp_path: Path) -> None:
     with sqlite3.connect(path) as plain:
         assert plain.execute("SELECT * FROM alembic_version").fetchall() == [("v9.9",)]
         assert plain.execute("SELECT count(*) FROM trials").fetchone() == (0,)
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_another_programs_database_is_refused_and_stays(tmp_path: Path, read_only: bool) -> None:
+    path = tmp_path / "t.sqlite"
+    with closing(sqlite3.connect(path)) as plain:
+        plain.execute("CREATE TABLE customers (name TEXT)")
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match=r"another program's database.*customers.*--db"):
+        TuningStore(url_of(path), read_only=read_only)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_must_exist_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = tmp_path / "folder" / "t.sqlite"
+    with pytest.raises(StoreError, match=r"no such database.*t\.sqlite"):
+        TuningStore(url_of(missing), must_exist=True)
+    with pytest.raises(StoreError, match="no such database"):
+        TuningDatabase(url_of(missing))
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("NSA_AUTOTUNE_DB", url_of(missing))  # the user's own, which the first use makes
+    TuningStore(must_exist=True, import_shipped=False).close()
+    assert missing.exists()
 
 
 def test_opening_leaves_logging_alone(tmp_path: Path) -> None:
@@ -323,7 +347,7 @@ def test_path_that_is_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("tuning.sqlite", "named by a URL"),
+        ("tuning", "named by a URL or a path.*tuned.sqlite"),
         ("sqlite:///file:t.sqlite?uri=true", "file: URIs"),
         ("oracle9://host/name", "no such kind"),
     ],
@@ -383,6 +407,52 @@ def test_read_only_folder(folder: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
+def test_a_read_only_database_is_verified_and_merged(folder: Path, tmp_path: Path) -> None:
+    path = folder / "t.sqlite"
+    with TuningStore(url_of(path), import_shipped=False) as store:
+        store.add_trial(make_trial())
+    path.chmod(0o444)
+    folder.chmod(0o555)
+    script = """
+import sys
+from nsa_autotune.db import TuningStore, verify
+from nsa_autotune.db.foreign import open_foreign
+verify.shipped_files = dict
+with TuningStore(sys.argv[1], import_shipped=False, read_only=True) as store:
+    print(list(verify.verify(store)))
+with open_foreign(sys.argv[1]) as theirs:
+    print(len(theirs.trials()))
+"""
+    process = start(UNPRIVILEGED, sys.executable, "-c", script, url_of(path))
+    assert process.communicate(timeout=60)[0] == "[]\n1\n"
+
+
+def test_a_plain_path_is_a_sqlite_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old").write_bytes(b"")
+    for text in ("t.sqlite", "./t.db", str(tmp_path / "t.sqlite3"), "new/t.sqlite", "old"):
+        location = parse_location(text)
+        assert location.is_sqlite and location.path == tmp_path / text and location.url.database == str(tmp_path / text)
+    with TuningStore("new/50%?.sqlite", import_shipped=False):
+        assert (tmp_path / "new" / "50%?.sqlite").is_file()
+
+
+def test_a_lost_slash_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreError, match=r"three slashes.*sqlite:////tmp/t\.sqlite, with four slashes"):
+        parse_location("sqlite:///tmp/t.sqlite")
+    assert parse_location("sqlite:///./tmp/t.sqlite").path == tmp_path / "tmp" / "t.sqlite"
+    (tmp_path / "tmp").mkdir()
+    assert parse_location("sqlite:///tmp/t.sqlite").path == tmp_path / "tmp" / "t.sqlite"
+
+
+@pytest.mark.parametrize("url", ["mysql://x", "mysql+pymysql://me:secret@host/x"])
+def test_another_kind_of_server_needs_no_driver_of_ours(url: str) -> None:
+    with pytest.raises(StoreError, match="no such kind of database") as raised:
+        TuningStore(url)
+    assert "pip install" not in str(raised.value) and "secret" not in str(raised.value)
+
+
 def test_unreadable_folder(folder: Path) -> None:
     TuningStore(url_of(folder / "t.sqlite"), import_shipped=False).close()
     folder.chmod(0o000)
@@ -391,8 +461,7 @@ def test_unreadable_folder(folder: Path) -> None:
 
 def test_old_schema_cannot_be_served_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "t.sqlite"
-    with sqlite3.connect(path) as plain:
-        plain.execute("CREATE TABLE other (x)")
+    restore(path, "0001")
     monkeypatch.setattr(store_module, "is_read_only", lambda location: True)
     with pytest.raises(StoreError, match="must already have this program's schema"):
         TuningStore(url_of(path))

@@ -119,6 +119,16 @@ def test_devices_are_named_or_all(capsys: pytest.CaptureFixture[str], monkeypatc
         tune_devices.choose_devices("all")
 
 
+def test_a_device_that_is_not_here_is_told_before_anything_starts(
+    on_gpus: list[tune_devices.Member], url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tune_devices.choose_devices("cuda") == ("cuda",)
+    for count, sentence in ((3, "there is no such GPU here; got --devices=['cuda:3'], found=3"), (0, "needs a GPU")):
+        monkeypatch.setattr("torch.cuda.device_count", lambda count=count: count)
+        assert main([*COMMAND, "--db", url, "--devices", "cuda:0,cuda:3"]) == 2
+        assert sentence in capsys.readouterr().err and on_gpus == []
+
+
 def test_minutes_of_a_problem_grow_with_the_processes() -> None:
     budget = Budget(9, 12.0)
     assert share(budget, 2.0, to_do=5) == Budget(9, 2.0)

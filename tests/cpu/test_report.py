@@ -207,6 +207,7 @@ def test_marks_and_rows_name_places_in_the_filters(filled: Report) -> None:
 def test_the_shipped_database_makes_a_small_page(tmp_path: Path) -> None:
     benches = [argument for path in RESULTS.glob("*-forward.json") for argument in ("--bench", str(path))]
     out = tmp_path / "deep" / "out"
+    TuningStore(f"sqlite:///{tmp_path / 'x.sqlite'}").close()
     assert main(["report", "--out", str(out), "--db", f"sqlite:///{tmp_path / 'x.sqlite'}", *benches]) == 0
     page = Page((out / "index.html").read_text(encoding="utf-8"))
     assert (out / "index.html").stat().st_size < LARGEST_BYTES
@@ -242,6 +243,7 @@ def test_only_reports_are_replaced(tmp_path: Path, capsys: pytest.CaptureFixture
         write_page(tmp_path, html)
     assert (tmp_path / "index.html").read_text() == "my own page"
     db = f"sqlite:///{tmp_path / 'x.sqlite'}"
+    TuningStore(db).close()
     assert main(["report", "--out", str(tmp_path / "index.html"), "--db", db]) == 2
     assert "--out is a folder" in capsys.readouterr().err
     assert main(["report", "--out", str(tmp_path / "new"), "--bench", str(tmp_path / "no.json"), "--db", db]) == 2

@@ -33,7 +33,7 @@ from nsa_autotune.ops import whole
 from nsa_autotune.search.presets import tuning_problems
 from nsa_autotune.ship.choice import choose_gpu, choose_winners
 from nsa_autotune.ship.compiled import BRANCHES, alike_problems, call_arguments
-from nsa_autotune.ship.contents import check_name, default_name, lower_bounds
+from nsa_autotune.ship.contents import check_name, check_replaces_nothing, default_name, lower_bounds
 from nsa_autotune.spec import Config, KernelSpec, Problem
 
 TESTS = Path(__file__).parents[1]
@@ -335,7 +335,8 @@ def test_filters(url: str, tmp_path: Path, options: list[str], seqs: set[int]) -
         (["--gpu", "NVIDIA"], "--gpu fits more than one GPU"),
         (["--gpu", "target"], "no GPU with winners has this in its name"),
         (["--gpu", "H100", "--name", "torch-like"], "a package needs a name that Python can import"),
-        (["--gpu", "H100", "--name", "nsa_autotune"], "a package needs a name that Python can import"),
+        (["--gpu", "H100", "--name", "nsa_autotune"], "must not hide what it needs"),
+        (["--gpu", "H100", "--name", "numpy"], "which the package would replace"),
         (["--gpu", "H100", "--aot", "cuda:91"], "no such compilation target"),
         (["--gpu", "H100", "--seq", "1k"], "a package needs a winner of the present templates"),
         (["--gpu", "H100", "--preset", "tiny"], "a package needs a winner of the present templates"),
@@ -424,9 +425,29 @@ def test_a_winner_without_a_kernel_is_passed_over() -> None:
 def test_names_and_versions() -> None:
     assert default_name("NVIDIA H100 80GB HBM3") == NAME and default_name("Tesla-V100") == "nsa_tuned_tesla_v100"
     for bad in ("", "import", "1a", "a-b", "../x", "A", "a b"):
-        with pytest.raises(InvalidInput):
+        with pytest.raises(InvalidInput, match="that Python can import"):
             check_name(bad)
+    for taken in ("torch", "triton", "nsa_autotune", "json", "asyncio"):
+        with pytest.raises(InvalidInput, match=f"must not hide.*{taken}"):
+            check_name(taken)
     spec = get_spec("win_attn_fwd")
     newer = {**ship_child.FINGERPRINT, "torch": "2.9.1", "triton": "3.10.0"}
     both = [make_winner(spec, PROBLEM), make_winner(spec, PROBLEM, fingerprint=newer)]
     assert lower_bounds(both) == {"torch": "2.11.0", "triton": "3.10.0"}
+
+
+def test_a_package_replaces_only_one_that_was_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, project, summary in (
+        ("other_attention", "other-attention", "Another program"),
+        ("nsa_tuned_h100", "nsa-tuned-h100", "Native Sparse Attention with Triton kernels tuned on NVIDIA H100"),
+    ):
+        facts = tmp_path / f"{name}-1.0.dist-info"
+        facts.mkdir()
+        (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project}\nVersion: 1.0\nSummary: {summary}\n")
+        (facts / "top_level.txt").write_text(f"{name}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for taken in ("other_attention", "numpy", "yaml", "pyyaml"):
+        with pytest.raises(InvalidInput, match=f"would replace.*{taken}"):
+            check_replaces_nothing(taken)
+    check_replaces_nothing("nsa_tuned_h100")
+    check_replaces_nothing("nsa_tuned_b200")
