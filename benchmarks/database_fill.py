@@ -108,7 +108,7 @@ Variants = list[tuple[int, Config, float]]  # row id, config, its share of the t
 
 def _runs(db: sqlite3.Connection, count: int, rng: random.Random) -> Iterator[tuple[int, int, list[Variants]]]:
     """Problems of all families in turns with their tokens; each with its variants of the old and the new template."""
-    specs = list(all_specs().values())
+    specs = [spec for spec in all_specs().values() if "batched" in spec.layouts]
     problems = {spec.family: list(_problems(spec, rng)) for spec in specs}
     variants: dict[str, list[Variants]] = {}
     ids = itertools.count(1)

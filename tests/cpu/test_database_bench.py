@@ -35,10 +35,10 @@ def test_it_runs_and_every_question_finds_something(
 ) -> None:
     monkeypatch.setattr(bench, "fresh", lambda url, processes: iter(()))  # each takes seconds to import torch
     file = tmp_path / "tuning.sqlite"
-    arguments = ["--trials", "20000", "--samples", "2", "--folder", str(tmp_path), "--file", str(file)]
+    arguments = ["--trials", "30000", "--samples", "2", "--folder", str(tmp_path), "--file", str(file)]
     assert bench.main(arguments) == 0
     (page,), (data,) = tmp_path.glob("*-database.md"), tmp_path.glob("*-database.json")
-    assert "| trials | 20,000 |" in page.read_text() and str(tmp_path) not in page.read_text()
+    assert "| trials | 30,000 |" in page.read_text() and str(tmp_path) not in page.read_text()
     rows = {row["question"]: row for row in json.loads(data.read_text())["rows"]}
     assert all(len(row["samples_ms"]) == len(row["cpu_ms"]) == 3 for row in rows.values())
     assert rows["best: GPU, family"]["rows"] > 0 and rows["query: family, status ok"]["rows"] == bench.ROWS
