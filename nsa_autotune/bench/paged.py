@@ -35,21 +35,26 @@ def trial_table(problem: Problem, num_pages: int, pages_each: int, seed: int) ->
     return torch.tensor(order[: problem.batch * pages_each], dtype=torch.int32).view(problem.batch, pages_each)
 
 
+def block_table(problem: Problem, seed: int) -> Tensor:
+    """The block table `[B, MP]` of a trial's cache, on the CPU."""
+    pages_each = -(-problem.seq_k // problem.page_size)
+    return trial_table(problem, problem.batch * pages_each + SPARE_PAGES, pages_each, seed)
+
+
 def fill_paged(tensor: Tensor, argument: Argument, problem: Problem, generator: torch.Generator, seed: int) -> None:
     """The content of one tensor of the cache; equal for equal seeds."""
-    pages_each = -(-problem.seq_k // problem.page_size)
     if argument.fill == "counters":
         tensor.zero_()
     elif argument.fill == "lengths":
         tensor.copy_(trial_lengths(problem, tensor.device))
     elif argument.fill == "table":
-        tensor.copy_(trial_table(problem, _num_pages(problem, pages_each), pages_each, seed))
+        tensor.copy_(block_table(problem, seed))
     elif argument.fill == "page_scale":
         picked = torch.randint(len(SCALES), tensor.shape, device=tensor.device, generator=generator)
         tensor.copy_(torch.tensor(SCALES, device=tensor.device)[picked])
     else:
         tensor.fill_(math.nan)
-        table = trial_table(problem, _num_pages(problem, pages_each), pages_each, seed).to(tensor.device)
+        table = block_table(problem, seed).to(tensor.device)
         rows = tensor.shape[1]
         for index, length in enumerate(trial_lengths(problem, "cpu").tolist()):
             first, stop = 0, length
@@ -72,7 +77,3 @@ def fill_paged_blocks(tensor: Tensor, problem: Problem, generator: torch.Generat
         if exists.any():
             how = (1, problem.num_kv_heads, problem.nsa, problem.locality, generator)
             tensor[index, exists] = select_at_random(mine[exists], *how)[0]
-
-
-def _num_pages(problem: Problem, pages_each: int) -> int:
-    return problem.batch * pages_each + SPARE_PAGES

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..paged import first_cell, stored
+from ..paged import FP8, first_cell, stored
 from ..spec import Argument, Problem
 from .compare import AccuracyReport, compare_floats
-from .paged import fill_paged, trial_lengths
+from .paged import block_table, fill_paged, trial_lengths
 
 if TYPE_CHECKING:
     from .inputs import TrialInputs
@@ -32,22 +32,15 @@ def fill_state(tensor: Tensor, argument: Argument, problem: Problem, generator: 
         picked = torch.randint(len(FP8_SCALES), tensor.shape, device=tensor.device, generator=generator)
         tensor.copy_(torch.tensor(FP8_SCALES, device=tensor.device)[picked])
         return
-    fp8 = tensor.dtype == torch.float8_e4m3fn
+    fp8 = tensor.dtype == FP8
     whole = torch.empty(tensor.shape, device=tensor.device) if fp8 else tensor
     fill_paged(whole, replace(argument, fill=STATE_FILLS[argument.fill]), problem, generator, seed)
-    pages, rows = _table(problem, tensor, seed), tensor.shape[1]
+    pages, rows = block_table(problem, seed).to(tensor.device), tensor.shape[1]
     for index, (first, stop) in enumerate(_new_rows(argument, problem)):
         place = torch.arange(first, stop, device=tensor.device)
         whole[pages[index].long()[place // rows], place % rows] = math.nan
     if fp8:
         tensor.copy_(whole.mul_(FP8_FILL).to(tensor.dtype))
-
-
-def _table(problem: Problem, tensor: Tensor, seed: int) -> Tensor:
-    each = -(-problem.seq_k // problem.page_size)
-    table = torch.empty(problem.batch, each, dtype=torch.int32, device=tensor.device)
-    fill_paged(table, Argument("table", ("B", "TABLE"), "int32", "table"), problem, torch.Generator(), seed)
-    return table
 
 
 def _new_rows(argument: Argument, problem: Problem) -> list[tuple[int, int]]:
