@@ -94,6 +94,11 @@ class Problem:
         """G = HQ / H, query heads that share one kv head."""
         return self.num_q_heads // self.num_kv_heads
 
+    @property
+    def has_fp8_cache(self) -> bool:
+        """True if pages hold float8_e4m3fn, and have scales."""
+        return self.cache_dtype != "problem"
+
     def replace(self, **changes: Any) -> Problem:
         """A copy with some fields changed."""
         return replace(self, **changes)

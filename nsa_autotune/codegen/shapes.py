@@ -31,7 +31,7 @@ def is_left_out(argument: Argument, problem: Problem) -> bool:
     """True for a tensor that the problem's launch does without: index tensors if batched, scales if not fp8."""
     if argument.fill in INDEX_FILLS:
         return problem.layout != "packed"
-    return argument.fill in ("page_scale", "state_scale") and problem.cache_dtype == "problem"
+    return argument.fill in ("page_scale", "state_scale") and not problem.has_fp8_cache
 
 
 def symbol_sizes(problem: Problem) -> dict[str, tuple[int, ...]]:

@@ -17,11 +17,6 @@ NUM_WARPS = Param("num_warps", (1, 2, 4, 8), "warps of a program")
 RESCALED_AT_ONCE = 16  # rows of a page, where its fp8 scale grew
 
 
-def is_fp8(problem: Problem) -> bool:
-    """True if the pages hold float8_e4m3fn."""
-    return problem.cache_dtype != "problem"
-
-
 def new_token_slots(problem: Problem) -> int:
     """New tokens of a sequence, rounded up to a power of two: lengths of one key get one kernel."""
     return c.next_power_of_2(problem.seq_q)
@@ -39,7 +34,7 @@ def completed_rows(problem: Problem) -> float:
 
 def structure(problem: Problem, config: Config) -> dict[str, Any]:
     """Structural switches."""
-    return {"dtype": problem.dtype, "fp8": is_fp8(problem)}
+    return {"dtype": problem.dtype, "fp8": problem.has_fp8_cache}
 
 
 def token_constants(problem: Problem) -> dict[str, Value]:
@@ -47,7 +42,7 @@ def token_constants(problem: Problem) -> dict[str, Value]:
     values: dict[str, Value] = {"D_QK": problem.d_qk, "D_V": problem.d_v}
     values |= {"BLOCK_QK": c.next_power_of_2(problem.d_qk), "BLOCK_V": c.next_power_of_2(problem.d_v)}
     values |= {"PAGE_SIZE": problem.page_size, "BLOCK_Q": new_token_slots(problem)}
-    return {**values, "BLOCK_R": RESCALED_AT_ONCE} if is_fp8(problem) else values
+    return {**values, "BLOCK_R": RESCALED_AT_ONCE} if problem.has_fp8_cache else values
 
 
 def state_pages(name: str, rows: str, width: str) -> tuple[Argument, ...]:

@@ -50,7 +50,7 @@ def page_arguments(name: str, rows: str, fill: str, width: str) -> tuple[Argumen
 
 def cache_bytes(problem: Problem) -> int:
     """Bytes of a cached element."""
-    return 1 if problem.cache_dtype != "problem" else ELEMENT_BYTES[problem.dtype]
+    return 1 if problem.has_fp8_cache else ELEMENT_BYTES[problem.dtype]
 
 
 def tiles_fit(problem: Problem, config: Config) -> bool:
@@ -68,9 +68,19 @@ def structure(problem: Problem, config: Config) -> dict[str, Any]:
     """Structural switches that both decode templates read."""
     return {
         **c.attention_structure(problem, {**config, "use_tma": False}),
-        "fp8": problem.cache_dtype != "problem",
+        "fp8": problem.has_fp8_cache,
         "finish": config["finish"],
     }
+
+
+def small_cases() -> tuple[Problem, ...]:
+    """Small ragged problems for the interpreter: odd groups, several new tokens, other page sizes, fp8."""
+    small = c.small_cases()[0].replace(layout="paged", batch=4, seq_k=530, seq_q=1)
+    return (
+        small,
+        small.replace(seq_q=3, num_q_heads=10, num_kv_heads=2, d_qk=48, d_v=32, dtype="float32", page_size=16),
+        small.replace(seq_q=2, cache_dtype="float8_e4m3fn", page_size=128),
+    )
 
 
 def block_d(problem: Problem, rows: int, splits: int) -> int:

@@ -105,16 +105,6 @@ def _candidates_fit(problem: Problem, config: Config) -> bool:
     return values / (32 * int(config["num_warps"])) <= c.MAX_THREAD_REGISTERS // 2
 
 
-def cases() -> tuple[Problem, ...]:
-    """Small ragged problems for the interpreter: odd groups, several new tokens, other page sizes, fp8."""
-    small = c.small_cases()[0].replace(layout="paged", batch=4, seq_k=530, seq_q=1)
-    return (
-        small,
-        small.replace(seq_q=3, num_q_heads=10, num_kv_heads=2, d_qk=48, d_v=32, dtype="float32", page_size=16),
-        small.replace(seq_q=2, cache_dtype="float8_e4m3fn", page_size=128),
-    )
-
-
 SPEC = KernelSpec(
     family="cmp_decode_fwd",
     doc="compressed attention and selection of a decode step",
@@ -173,6 +163,6 @@ SPEC = KernelSpec(
     constants=constants,
     reference=run_reference,
     importance=importance,
-    cases=cases(),
+    cases=g.small_cases(),
     layouts=("paged",),
 )

@@ -93,16 +93,6 @@ def _fits(problem: Problem, config: Config) -> bool:
     return width / (32 * int(config["num_warps"])) <= c.MAX_THREAD_REGISTERS
 
 
-def cases() -> tuple[Problem, ...]:
-    """Small ragged problems for the interpreter: odd groups, several new tokens, other page sizes, fp8."""
-    small = c.small_cases()[0].replace(layout="paged", batch=4, seq_k=530, seq_q=1)
-    return (
-        small,
-        small.replace(seq_q=3, num_q_heads=10, num_kv_heads=2, d_qk=48, d_v=32, dtype="float32", page_size=16),
-        small.replace(seq_q=2, cache_dtype="float8_e4m3fn", page_size=128),
-    )
-
-
 SPEC = KernelSpec(
     family="slc_win_decode_fwd",
     doc="selected and window attention and the gated sum of a decode step",
@@ -148,6 +138,6 @@ SPEC = KernelSpec(
     structure=g.structure,
     constants=constants,
     reference=run_reference,
-    cases=cases(),
+    cases=g.small_cases(),
     layouts=("paged",),
 )

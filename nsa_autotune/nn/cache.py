@@ -14,6 +14,7 @@ from torch import Tensor
 from ..config import NSAConfig
 from ..dispatch.dispatcher import Dispatcher
 from ..errors import InvalidConfig, InvalidInput
+from ..kernels._paged import MAX_NEW_TOKENS
 from ..ops import checks, paged_checks
 from ..ops.append import Phi
 from ..ops.append import append as append_tokens
@@ -21,7 +22,7 @@ from ..ops.decode import decode_counters
 from ..paged import FP8, CachePools, Pages
 from .page_table import PageTable, Rows
 
-MAX_NEW = 8  # query tokens of a decode step
+MAX_NEW = MAX_NEW_TOKENS  # query tokens of a decode step
 PAGE_DTYPES = (*checks.KERNEL_DTYPES, FP8)
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import kernels, paged, paged_append
+from .. import kernels, paged_append
 from ..config import NSAConfig
 from ..dispatch.dispatcher import Dispatcher
 from ..errors import InvalidInput
@@ -18,7 +17,7 @@ from ..paged import CachePools, Pages
 from ..reference import PhiWeights
 from ..spec import Problem
 from . import checks, paged_checks, serve
-from .decode import pages
+from .decode import describe, pages
 
 
 @dataclass(frozen=True)
@@ -103,28 +102,13 @@ class _Step:
         """Serve one kernel; `like` has the shape and dtype of new tokens."""
         pool = self.pools.k_raw.data
         shape = (like.shape, like.dtype, d_v, pool.shape, pool.dtype, self.table.shape, self.config, hidden)
-        problem = partial(_describe, like, self, d_v, hidden)
+
+        def problem() -> Problem:
+            capacity = max(self.table.shape[1] * self.pools.page_size, like.shape[1])
+            return describe(like, self.pools, self.config, capacity, d_v, hidden)
+
         tensors = {**tensors, "table": self.table, "lengths": self.lengths}
         serve.launch(self.dispatcher, kernels.get_spec(family), shape, problem, tensors, like.device)
-
-
-def _describe(like: Tensor, step: _Step, d_v: int, hidden: int) -> Problem:
-    """The problem behind a launch."""
-    return Problem(
-        batch=like.shape[0],
-        seq_q=like.shape[1],
-        seq_k=max(step.table.shape[1] * step.pools.page_size, like.shape[1]),
-        num_q_heads=like.shape[2],
-        num_kv_heads=like.shape[2],
-        d_qk=like.shape[3],
-        d_v=d_v,
-        dtype=str(like.dtype).removeprefix("torch."),
-        layout="paged",
-        phi_hidden=hidden,
-        nsa=step.config,
-        page_size=step.pools.page_size,
-        cache_dtype=str(paged.FP8).removeprefix("torch.") if step.pools.k_raw.scale is not None else "problem",
-    )
 
 
 def _branches(given: dict[str, tuple[Tensor | None, Tensor | None]], pools: CachePools, config: NSAConfig) -> News:

@@ -77,7 +77,6 @@ def decode_attention(
             "lengths": lengths,
             "counters": counters.flatten()[: q.shape[0] * q.shape[1] * num_heads],
             "scale": factor,
-            "seq_k": bound,
         },
         config,
         bound,
@@ -92,7 +91,7 @@ class _Step:
 
     q: Tensor
     pools: CachePools
-    shared: dict[str, Any]  # table, lengths, counters, scale, seq_k
+    shared: dict[str, Any]  # table, lengths, counters, scale
     config: NSAConfig
     bound: int  # tokens of the longest sequence
     dispatcher: Dispatcher | None
@@ -111,8 +110,8 @@ class _Step:
             self.config,
             self.bound,
         )
-        problem = partial(describe, q, self.pools, self.config, self.bound)
-        tensors = {"q": q, **tensors, **self.shared}
+        problem = partial(describe, q, self.pools, self.config, self.bound, v.shape[3])
+        tensors = {"q": q, **tensors, **self.shared, "seq_k": self.bound}
         serve.launch(self.dispatcher, kernels.get_spec(family), shape, problem, tensors, q.device)
 
 
@@ -142,19 +141,20 @@ def pages(name: str, pool: Pages) -> dict[str, Any]:
     return {name: pool.data} if pool.scale is None else {name: pool.data, f"{name}_scale": pool.scale}
 
 
-def describe(q: Tensor, pools: CachePools, config: NSAConfig, bound: int) -> Problem:
-    """The problem behind a step."""
+def describe(q: Tensor, pools: CachePools, config: NSAConfig, seq_k: int, d_v: int, phi_hidden: int = 128) -> Problem:
+    """The problem behind a launch for the tokens of q, queries or keys `[B, Q, .., D_QK]`."""
     fp8 = pools.k_cmp.scale is not None
     return Problem(
         batch=q.shape[0],
         seq_q=q.shape[1],
-        seq_k=bound,
+        seq_k=seq_k,
         num_q_heads=q.shape[2],
         num_kv_heads=pools.k_cmp.data.shape[2],
         d_qk=q.shape[3],
-        d_v=pools.v_cmp.data.shape[3],
+        d_v=d_v,
         dtype=str(q.dtype).removeprefix("torch."),
         layout="paged",
+        phi_hidden=phi_hidden,
         nsa=config,
         page_size=pools.page_size,
         cache_dtype=str(paged.FP8).removeprefix("torch.") if fp8 else "problem",
