@@ -29,7 +29,7 @@ from database_fill import GPUS, VERSIONS, Filled, fill, sizes
 from forward import without_places, write_page
 
 from nsa_autotune.cli.bench_report import markdown_table
-from nsa_autotune.cli.db import current_templates
+from nsa_autotune.cli.templates import current_templates
 from nsa_autotune.codegen.render import template_digest  # noqa: F401  fresh processes use it
 from nsa_autotune.db import TuningDatabase, TuningStore
 from nsa_autotune.dispatch.dispatcher import Dispatcher

@@ -14,6 +14,7 @@ from ..errors import InvalidInput
 from . import db_share, options
 from .console import errors, problem_text, there_is
 from .rows import FormatOption, LimitOption, OutOption, RowFormat, check_output, give_rows, limit_of
+from .templates import current_templates
 
 # `problem` is made here, of the problem's fields, so that a row fits a screen
 WINNER_COLUMNS = [
@@ -161,14 +162,6 @@ def print_path(db: options.DbOption = None) -> None:
     from ..db.paths import chosen_url
 
     typer.echo(str(parse_location(chosen_url(db))))
-
-
-def current_templates() -> dict[str, str]:
-    """The present template digest of each family: what tells that a record is stale."""
-    from ..codegen.render import template_digest
-    from ..kernels import all_specs
-
-    return {family: template_digest(spec) for family, spec in all_specs().items()}
 
 
 def problem_filter(asked: dict[str, str]) -> dict[str, str]:

@@ -12,8 +12,9 @@ import typer
 from ..errors import InvalidInput
 from . import options
 from .console import errors, problem_text, there_is
-from .db import Table, all_columns, current_templates, problem_filter
+from .db import Table, all_columns, problem_filter
 from .rows import FormatOption, LimitOption, OutOption, Row, RowFormat, check_output, give_rows, limit_of
+from .templates import current_templates
 
 if TYPE_CHECKING:
     from ..db.database import TuningDatabase

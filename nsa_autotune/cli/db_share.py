@@ -13,6 +13,7 @@ import typer
 from ..errors import InvalidInput, NSAError
 from . import options
 from .console import count_text, make_table, output, problem_text
+from .templates import current_templates
 
 if TYPE_CHECKING:
     from ..db.merge import ImportSummary
@@ -47,7 +48,7 @@ def merge(
     from ..db.foreign import open_foreign
     from ..db.store import TuningStore
 
-    source, judge = None if own else "imported", judge_of(_current_templates())
+    source, judge = None if own else "imported", judge_of(current_templates())
     with TuningStore(db) as store:
         if "://" not in other and other.endswith((".jsonl", ".json")):
             summary = store.merge(_existing(other), source=source, judge=judge)
@@ -88,7 +89,7 @@ def prune(
     before = None if older_than is None else parse_age(older_than, datetime.now(UTC))
     asked = pruning.Pruning(before, stale, failed, predicted, family, template, gpu, fingerprint)
     with TuningStore(db, must_exist=True) as store:
-        found = pruning.prune(store, asked, _current_templates(), dry_run=dry_run)
+        found = pruning.prune(store, asked, current_templates(), dry_run=dry_run)
     _print_pruned(found, dry_run)
 
 
@@ -98,7 +99,7 @@ def verify(db: options.DbOption = None) -> None:
     from ..db.verify import verify as findings_of
 
     with TuningStore(db, import_shipped=False, read_only=True, must_exist=True) as store:
-        findings = list(findings_of(store, judge_of(_current_templates())))
+        findings = list(findings_of(store, judge_of(current_templates())))
         place = str(store.location)
     if not findings:
         typer.echo(f"{place}: every row, reference and shipped file is as it should be")
@@ -222,13 +223,6 @@ def _existing(name: str) -> Path:
             "Name a SQLite file, an export, or a URL such as sqlite:///x.sqlite.",
         )
     return path
-
-
-def _current_templates() -> dict[str, str]:
-    from ..codegen.render import template_digest
-    from ..kernels import all_specs
-
-    return {family: template_digest(spec) for family, spec in all_specs().items()}
 
 
 def judge_of(current: Mapping[str, str]) -> Callable[[WinnerRecord], str]:

@@ -13,9 +13,9 @@ import typer
 from ..errors import InvalidInput, UnknownName
 from . import options
 from .console import errors, output
-from .db import current_templates
 from .db_ask import DATE_CHARS, FamilyOption, GpuOption, PolicyOption, ProblemOption, about_of
 from .rows import DEFAULT_LIMIT, FormatOption, LimitOption, OutOption, Row, RowFormat, check_output, give_rows
+from .templates import current_templates
 
 if TYPE_CHECKING:
     from ..db.database import TuningDatabase

@@ -16,6 +16,7 @@ from .. import __version__
 from ..errors import NSAError
 from . import options
 from .console import count_text, errors, make_table, output
+from .templates import current_templates
 
 if TYPE_CHECKING:
     from ..db.records import TrialRecord, WinnerRecord
@@ -93,12 +94,9 @@ def database_facts(store: TuningStore) -> Iterator[Fact]:
 
 def quarantine_text(trials: Sequence[TrialRecord]) -> str:
     """How many variants are not tried again, and why most of them are not."""
-    from ..codegen.render import template_digest
-    from ..kernels import all_specs
     from ..search.quarantine import all_quarantined
 
-    current = {family: template_digest(spec) for family, spec in all_specs().items()}
-    reasons = all_quarantined(trials, current)
+    reasons = all_quarantined(trials, current_templates())
     common = Counter(reason.splitlines()[0][:MAX_REASON_CHARS] for reason in reasons).most_common(MAX_REASONS)
     return "; ".join([str(len(reasons)), *(f"{count} x {reason}" for reason, count in common)])
 
@@ -112,10 +110,7 @@ def gpu_name() -> str | None:
 
 def stale_winners(winners: Sequence[WinnerRecord]) -> list[WinnerRecord]:
     """Winners whose template has changed, or whose family is gone: they are no longer served."""
-    from ..codegen.render import template_digest
-    from ..kernels import all_specs
-
-    current = {family: template_digest(spec) for family, spec in all_specs().items()}
+    current = current_templates()
     return [winner for winner in winners if current.get(winner.family) != winner.template_digest]
 
 
@@ -145,7 +140,6 @@ def _print_winners(winners: Sequence[WinnerRecord]) -> None:
 
 def print_drift(store: TuningStore) -> None:
     """What other versions or templates made for the GPU at hand: by cause, and what recertifying takes at most."""
-    from ..codegen.render import template_digest
     from ..kernels import all_specs
     from ..search.drift import expected_cost, stale_winners
 
@@ -157,9 +151,7 @@ def print_drift(store: TuningStore) -> None:
     from ..dispatch.fingerprint import current
 
     here, specs = current("cuda:0").to_dict(), all_specs()
-    stale = stale_winners(
-        store.winners(gpu=name), here, specs, {family: template_digest(spec) for family, spec in specs.items()}
-    )
+    stale = stale_winners(store.winners(gpu=name), here, specs, current_templates())
     if not stale:
         return
     columns = ("changed", "then", "now", "winners")
