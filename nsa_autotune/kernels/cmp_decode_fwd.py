@@ -16,6 +16,11 @@ def rows(problem: Problem) -> int:
     return c.block_m(problem, {"BLOCK_T": c.next_power_of_2(problem.seq_q)})
 
 
+def slots(problem: Problem) -> int:
+    """Candidates that the running top-n keeps; at least 2, since Triton 3.6 can't rank a [1, 1] tensor."""
+    return max(2, c.next_power_of_2(problem.nsa.num_selected))
+
+
 def constants(problem: Problem, config: Config) -> dict[str, Value]:
     """tl.constexpr values of the kernels."""
     nsa, block_t = problem.nsa, c.next_power_of_2(problem.seq_q)
@@ -35,16 +40,16 @@ def constants(problem: Problem, config: Config) -> dict[str, Value]:
         "RATIO": ratio(problem),
         "SPAN": span(problem),
         "N": nsa.num_selected,
-        "N_POW2": c.next_power_of_2(nsa.num_selected),
+        "N_POW2": slots(problem),
         "NUM_INITIAL": nsa.num_initial,
         "NUM_LOCAL": nsa.num_local,
     }
 
 
 def structure(problem: Problem, config: Config) -> dict[str, Any]:
-    """Structural switches; `overlap`: windows reach into the next selection block, `exact_n`: n is a power of two."""
-    n = problem.nsa.num_selected
-    return {**g.structure(problem, config), "overlap": span(problem) > 1, "exact_n": n == c.next_power_of_2(n)}
+    """Structural switches; `overlap`: windows reach into the next selection block, `exact_n`: n are kept."""
+    exact = problem.nsa.num_selected == slots(problem)
+    return {**g.structure(problem, config), "overlap": span(problem) > 1, "exact_n": exact}
 
 
 def defaults(problem: Problem) -> Config:

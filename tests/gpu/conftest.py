@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
-from gpu.cases import all_jobs
+from gpu.cases import FamilyCase, all_jobs
 from gpu.decode_cases import step_jobs
 
 from nsa_autotune.codegen.pool import CompileJob, CompileOutcome, compile_many
@@ -42,9 +42,19 @@ def job_key(family: str, problem: dict[str, object], config: dict[str, object]) 
 
 
 def needed_jobs(items: Iterable[pytest.Item]) -> list[CompileJob]:
-    """What the collected tests launch: a file of decoding by itself does not wait for everything else."""
-    files = {item.path.name for item in items}
-    return [*(all_jobs() if files - DECODE_FILES else ()), *(step_jobs() if files & DECODE_FILES else ())]
+    """What the collected tests launch: some cases or files by themselves do not wait for everything else."""
+    jobs: dict[str, CompileJob] = {}
+    wanted: set[str] = set()
+    for item in items:
+        case = getattr(item, "callspec", None) and item.callspec.params.get("case")  # type: ignore[attr-defined]
+        if isinstance(case, FamilyCase):
+            job = CompileJob(case.family, case.problem.to_dict(), case.config)
+            jobs[job_key(job.family, job.problem, job.config)] = job
+        else:
+            wanted.add("step" if item.path.name in DECODE_FILES else "all")
+    for job in [*(all_jobs() if "all" in wanted else ()), *(step_jobs() if "step" in wanted else ())]:
+        jobs.setdefault(job_key(job.family, job.problem, job.config), job)
+    return list(jobs.values())
 
 
 @pytest.fixture(scope="session")
