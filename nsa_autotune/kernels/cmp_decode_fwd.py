@@ -10,6 +10,9 @@ from . import _paged as g
 from ._lazy import paged
 from .slc_select_fwd import POWERS_TO_128, ratio, span
 
+ONE_TOP = 128  # the BLOCK_TOP of configs that have no use for it
+FINISH_WARPS = 4  # of a second kernel
+
 
 def rows(problem: Problem) -> int:
     """Rows of a program's tile: all new tokens of a sequence times the heads of a group."""
@@ -49,21 +52,23 @@ def constants(problem: Problem, config: Config) -> dict[str, Value]:
 def structure(problem: Problem, config: Config) -> dict[str, Any]:
     """Structural switches; `overlap`: windows reach into the next selection block, `exact_n`: n are kept."""
     exact = problem.nsa.num_selected == slots(problem)
-    return {**g.structure(problem, config), "overlap": span(problem) > 1, "exact_n": exact}
+    shared = g.structure(problem, config)
+    return {**shared, "overlap": span(problem) > 1, "exact_n": exact, "finish_warps": FINISH_WARPS}
 
 
 def defaults(problem: Problem) -> Config:
-    """Splits of about 4096 tokens, small tiles: works on every GPU from sm_80 on."""
+    """Splits of about 4096 tokens, small tiles; a long list of blocks is ranked by several programs."""
     wide = problem.d_qk + problem.d_v > 256 or problem.dtype == "float32"
     block_n = max(32 if wide or rows(problem) > 64 else 64, ratio(problem))
+    block_j = 64 if rows(problem) > 64 else 128
     pipelined = g.tiles_fit(problem, {"BLOCK_N": block_n, "num_stages": 2})
     return {
         "BLOCK_N": block_n,
         "SPLIT": max(256, block_n),
         "BLOCK_S": 4 if rows(problem) > 64 else 8,
-        "BLOCK_J": 64 if rows(problem) > 64 else 128,
-        "BLOCK_TOP": min(1024, max(128, c.next_power_of_2(problem.nsa.num_select_blocks(problem.seq_k)))),
-        "finish": "ticket",
+        "BLOCK_J": block_j,
+        "BLOCK_TOP": ONE_TOP,
+        "finish": "kernel" if problem.nsa.num_select_blocks(problem.seq_k) > block_j else "ticket",
         "num_warps": 4,
         "num_stages": 2 if pipelined else 1,
     }
@@ -105,9 +110,10 @@ def _scores_fit(problem: Problem, config: Config) -> bool:
 
 
 def _candidates_fit(problem: Problem, config: Config) -> bool:
-    """Masses of all heads of BLOCK_J blocks."""
+    """Masses of all heads of BLOCK_J blocks; a second kernel has four warps."""
     values = c.block_g(problem, {"BLOCK_T": c.next_power_of_2(problem.seq_q)}) * int(config["BLOCK_J"])
-    return values / (32 * int(config["num_warps"])) <= c.MAX_THREAD_REGISTERS // 2
+    warps = int(config["num_warps"]) if config["finish"] == "ticket" else FINISH_WARPS
+    return values / (32 * warps) <= c.MAX_THREAD_REGISTERS // 2
 
 
 SPEC = KernelSpec(
@@ -136,8 +142,8 @@ SPEC = KernelSpec(
         Param("BLOCK_N", (16, 32, 64, 128), "compressed rows a tile", reserve=(256,)),
         Param("SPLIT", (64, 128, 256, 512, 1024), "compressed rows a program", reserve=(32, 2048)),
         Param("BLOCK_S", (4, 8, 16), "splits joined at once", reserve=(2, 32)),
-        Param("BLOCK_J", (32, 64, 128, 256), "selection blocks whose importance is added up at once", reserve=(512,)),
-        Param("BLOCK_TOP", (32, 128, 256, 512, 1024, 2048), "selection blocks a step of the top-n", reserve=(4096,)),
+        Param("BLOCK_J", (32, 64, 128, 256), "selection blocks that are ranked at once", reserve=(16, 512)),
+        Param("BLOCK_TOP", (64, 128, 256, 512), "candidates of all chunks that are ranked at once", reserve=(1024,)),
         g.FINISH,
         c.NUM_WARPS,
         c.NUM_STAGES,
@@ -148,9 +154,10 @@ SPEC = KernelSpec(
             "BLOCK_N must be a multiple of l'/d, so that a tile holds whole selection blocks",
             lambda p, x: int(x["BLOCK_N"]) % ratio(p) == 0,
         ),
+        Constraint("BLOCK_J must hold num_selected (n) candidates", lambda p, x: int(x["BLOCK_J"]) >= slots(p)),
         Constraint(
-            "BLOCK_TOP must hold num_selected (n) candidates",
-            lambda p, x: int(x["BLOCK_TOP"]) >= c.next_power_of_2(p.nsa.num_selected),
+            f"the last program ranks no candidates of other chunks: BLOCK_TOP must be {ONE_TOP} with finish=ticket",
+            lambda p, x: x["finish"] == "kernel" or x["BLOCK_TOP"] == ONE_TOP,
         ),
         Constraint("accumulators and scores must fit in 240 registers a thread", _scores_fit),
         Constraint("masses that are added up at once must fit in 120 registers a thread", _candidates_fit),

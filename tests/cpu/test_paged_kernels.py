@@ -68,3 +68,15 @@ def test_many_splits_are_joined() -> None:
     for finish in ("ticket", "kernel"):
         config = {**spec.default_config(problem), "BLOCK_N": 16, "SLC_SPLITS": 4, "WIN_SPLITS": 8, "finish": finish}
         check(spec, problem, config)
+
+
+@pytest.mark.parametrize("num_selected", [3, 16], ids=["odd_n", "many_chunks"])
+@pytest.mark.parametrize("finish", ["ticket", "kernel"])
+def test_the_best_of_several_chunks_are_selected(finish: str, num_selected: int) -> None:
+    """Five chunks of blocks, of which n = 16 leaves more candidates than are ranked at once, and two new tokens."""
+    nsa = NSAConfig(8, 4, 16, num_selected=num_selected, num_local=2, window_size=20)
+    problem = STEP.replace(seq_k=1100, nsa=nsa)
+    spec = SPECS["cmp_decode_fwd"]
+    top = {"BLOCK_TOP": 64} if finish == "kernel" else {}
+    config = {**spec.default_config(problem), "BLOCK_N": 32, "SPLIT": 64, "BLOCK_J": 16, "finish": finish, **top}
+    check(spec, problem, config)

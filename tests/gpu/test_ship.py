@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+import nsa_autotune
 from nsa_autotune.db import TuningStore
 
 TESTS = Path(__file__).parents[1]
+OURS = Path(nsa_autotune.__file__).parents[1]
 NAME = "nsa_tuned_here"
 MOST_DIFFERENT = 0.07  # of medians in two processes on one GPU
 
@@ -31,7 +33,7 @@ def here() -> str:
 def run(package: str, folder: Path, *path: Path) -> Any:
     """What the child finds with an empty cache of Triton's."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / f"triton-{package}")}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (*path, TESTS)))
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (*path, TESTS)))  # a package finds nothing of ours by it
     result = folder / f"{package}.pt"
     child = [sys.executable, str(TESTS / "gpu" / "ship_gpu_child.py"), package, str(result)]
     done = subprocess.run(child, env=environment, capture_output=True, text=True, check=False)
@@ -46,7 +48,8 @@ def test_a_package_gives_our_bits_and_times(here: str, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "nsa_autotune", "ship", *options, "--out", str(project)], check=True)
     how = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--target", str(installed)]
     subprocess.run([sys.executable, "-m", "pip", "install", *how, str(project)], check=True)
-    ours, theirs = run("nsa_autotune", tmp_path), run(NAME, tmp_path, installed)
+    inherited = [Path(place) for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
+    ours, theirs = run("nsa_autotune", tmp_path, OURS, *inherited), run(NAME, tmp_path, installed)
     for name, tensor in ours["tensors"].items():
         assert torch.equal(theirs["tensors"][name], tensor), name
     assert ours["compiled"] and theirs["compiled"] == []
