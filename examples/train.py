@@ -209,7 +209,7 @@ def train(options: argparse.Namespace, console: Console) -> list[Record]:
     task = make_task(options)
     trainer = Trainer(options, task, make_model(options, task.vocabulary))
     options.out.mkdir(parents=True, exist_ok=True)
-    named = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    named = {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items() if name != "out"}
     (options.out / "options.json").write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     records, started = [], time.perf_counter()
