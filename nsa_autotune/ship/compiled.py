@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,16 +20,19 @@ import torch
 
 from ..codegen.compile import meta_arguments, need_compiler
 from ..codegen.load import explain, load
+from ..codegen.render import Rendered
 from ..codegen.target import Target, absent_gpu, parse_target
 from ..dispatch import binaries
 from ..dispatch.binaries import INDEX, NOT_OF_THE_CODE, identity
 from ..dispatch.triton_launch import kernels_among
 from ..errors import KernelError
+from ..kernels import get_spec
 from ..spec import KernelSpec, Problem
 from .choice import Kernel
 
 BRANCHES = ("cmp", "slc", "win")  # the order of the gates
 Report = Callable[[str], None]
+Job = tuple[str, Rendered, list[Problem], str]  # family, source, sizes and target: what another process can be told
 
 
 def compile_binaries(kernels: Sequence[Kernel], targets: Sequence[str], report: Report) -> dict[str, bytes]:
@@ -40,6 +47,7 @@ def compile_binaries(kernels: Sequence[Kernel], targets: Sequence[str], report: 
     files: dict[str, bytes] = {}
     index: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as cache, _without_paths(cache):
+        _compile_in_parallel(kernels, targets)
         for target in targets:
             _add(compile_probe(parse_target(target)), "probe", files, index)
         for kernel in kernels:
@@ -53,11 +61,33 @@ def compile_binaries(kernels: Sequence[Kernel], targets: Sequence[str], report: 
     return files
 
 
+def _compile_in_parallel(kernels: Sequence[Kernel], targets: Sequence[str]) -> None:
+    """Fill Triton's cache on all cores; a job that fails or ends its process is judged when its turn comes."""
+    jobs: list[Job] = [(k.spec.family, k.rendered, _compiled_problems(k), t) for k in kernels for t in targets]
+    cores = min(os.cpu_count() or 1, len(jobs))
+    if cores < 2:
+        return
+    pool = ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("fork"))  # which keeps Triton's settings
+    with pool, suppress(BrokenProcessPool):
+        list(pool.map(_compile_quietly, jobs))
+
+
+def _compile_quietly(job: Job) -> None:
+    family, rendered, problems, target = job
+    with suppress(KernelError):
+        for problem in problems:
+            compile_problem(get_spec(family), rendered, problem, parse_target(target))
+
+
+def _compiled_problems(kernel: Kernel) -> list[Problem]:
+    return list(dict.fromkeys(alike for each in kernel.problems for alike in alike_problems(each)))
+
+
 def _compile_for(kernel: Kernel, goal: Target, files: dict[str, bytes], index: dict[str, str], report: Report) -> bool:
     """Add a variant's binaries for one target; False if one of its problems got none."""
-    for problem in dict.fromkeys(alike for each in kernel.problems for alike in alike_problems(each)):
+    for problem in _compiled_problems(kernel):
         try:
-            compiled = compile_problem(kernel, problem, goal)
+            compiled = compile_problem(kernel.spec, kernel.rendered, problem, goal)
             _check_fits(compiled, goal)
         except KernelError as error:
             report(f"{kernel.spec.family} {kernel.rendered.digest} for {goal.name}: {error}")
@@ -121,16 +151,16 @@ def call_arguments(spec: KernelSpec, problem: Problem) -> list[dict[str, Any]]:
     return [plain, fused]
 
 
-def compile_problem(kernel: Kernel, problem: Problem, goal: Target) -> dict[str, Any]:
+def compile_problem(spec: KernelSpec, rendered: Rendered, problem: Problem, goal: Target) -> dict[str, Any]:
     """Triton's compiled kernels of one variant for a problem's sizes, by their `identity`; raises KernelError."""
-    module = load(kernel.rendered)
+    module = load(rendered)
     seen = _watch(module)
     with absent_gpu(goal):
         try:
-            for arguments in call_arguments(kernel.spec, problem):
+            for arguments in call_arguments(spec, problem):
                 module.launch(**arguments, warmup=True)
         except Exception as error:  # whatever the compiler raises is this variant's failure
-            raise KernelError(f"does not compile: {explain(error, kernel.rendered)}") from error
+            raise KernelError(f"does not compile: {explain(error, rendered)}") from error
     return seen
 
 
