@@ -25,7 +25,8 @@ def constants(problem: Problem, config: Config) -> dict[str, Value]:
 def structure(problem: Problem, config: Config) -> dict[str, Any]:
     """What all attention templates read; keys and values are loaded once, with pointers."""
     switches = c.attention_structure(problem, {**config, "use_tma": False})
-    return {name: value for name, value in switches.items() if name != "store_lse"}
+    del switches["store_lse"]
+    return {**switches, "item_order": config["item_order"]}
 
 
 def defaults(problem: Problem) -> Config:
@@ -38,6 +39,7 @@ def defaults(problem: Problem) -> Config:
         **config,
         "BLOCK_N": min(problem.nsa.select_block_size, 32 if wide or crowded else 64),
         "CHUNK": 2048,
+        "item_order": "block",
         "split_mask": True,
         "num_warps": 8 if crowded else 4,
         "num_stages": 2,
@@ -80,6 +82,7 @@ SPEC = KernelSpec(
             "entries of a block's token list that one program walks",
             reserve=(256, 8192),
         ),
+        Param("item_order", ("block", "token"), "programs go by block, or by first token (L2 hits)", structural=True),
         b.SPLIT_QUERIES,
         b.NUM_WARPS,
         b.NUM_STAGES,
