@@ -40,7 +40,7 @@ def defaults(problem: Problem) -> Config:
         "BLOCK_N": min(problem.nsa.select_block_size, 32 if wide or crowded else 64),
         "CHUNK": 2048,
         "item_order": "block",
-        "split_mask": True,
+        "split_mask": False,  # two loops can make ptxas serialize the matrix instructions
         "num_warps": 8 if crowded else 4,
         "num_stages": 2,
         "maxnreg": 0,
