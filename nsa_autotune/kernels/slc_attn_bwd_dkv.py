@@ -78,9 +78,9 @@ SPEC = KernelSpec(
         Param("BLOCK_N", (16, 32, 64, 128), "keys a tile"),
         Param(
             "CHUNK",
-            (512, 1024, 2048, 4096),
+            (256, 512, 1024, 2048, 4096),
             "entries of a block's token list that one program walks",
-            reserve=(256, 8192),
+            reserve=(8192,),
         ),
         Param("item_order", ("block", "token"), "programs go by block, or by first token (L2 hits)", structural=True),
         b.SPLIT_QUERIES,
