@@ -56,7 +56,7 @@ VARIANTS: tuple[tuple[str, dict[str, Any], int], ...] = (  # family, changes of 
     ("win_attn_fwd", {"use_tma": True}, 1),
     ("gate_sum_fwd", {}, 1),
     ("win_attn_bwd_dq", {}, 1),
-    ("slc_attn_bwd_dkv", {}, 6),
+    ("slc_attn_bwd_dkv", {}, 7),
     ("cmp_pool_append_fwd", {}, 1),
     ("cmp_decode_fwd", {}, 1),
     ("slc_win_decode_fwd", {}, 1),

@@ -25,7 +25,8 @@ def constants(problem: Problem, config: Config) -> dict[str, Value]:
 def structure(problem: Problem, config: Config) -> dict[str, Any]:
     """What all attention templates read; keys and values are loaded once, with pointers."""
     switches = c.attention_structure(problem, {**config, "use_tma": False})
-    return {name: value for name, value in switches.items() if name != "store_lse"}
+    del switches["store_lse"]
+    return {**switches, "item_order": config["item_order"]}
 
 
 def defaults(problem: Problem) -> Config:
@@ -38,7 +39,8 @@ def defaults(problem: Problem) -> Config:
         **config,
         "BLOCK_N": min(problem.nsa.select_block_size, 32 if wide or crowded else 64),
         "CHUNK": 2048,
-        "split_mask": True,
+        "item_order": "block",
+        "split_mask": False,  # two loops can make ptxas serialize the matrix instructions
         "num_warps": 8 if crowded else 4,
         "num_stages": 2,
         "maxnreg": 0,
@@ -76,10 +78,11 @@ SPEC = KernelSpec(
         Param("BLOCK_N", (16, 32, 64, 128), "keys a tile"),
         Param(
             "CHUNK",
-            (512, 1024, 2048, 4096),
+            (256, 512, 1024, 2048, 4096),
             "entries of a block's token list that one program walks",
-            reserve=(256, 8192),
+            reserve=(8192,),
         ),
+        Param("item_order", ("block", "token"), "programs go by block, or by first token (L2 hits)", structural=True),
         b.SPLIT_QUERIES,
         b.NUM_WARPS,
         b.NUM_STAGES,
