@@ -28,7 +28,8 @@ def cost(problem: Problem, config: Config) -> Cost:
     row_bytes = problem.group_size * (problem.d_qk + problem.d_v) * ELEMENT_BYTES[problem.dtype]
     if config["lockstep"] or problem.seq_q * row_bytes < L2_BYTES:
         return base
-    streamed = pairs / int(config["BLOCK_N"]) * problem.num_kv_heads * row_bytes  # each key tile reads its own from memory
+    # each key tile streams its own query tiles from memory
+    streamed = pairs / int(config["BLOCK_N"]) * problem.num_kv_heads * row_bytes
     return replace(base, bytes_moved=base.bytes_moved + streamed)
 
 
