@@ -48,7 +48,10 @@ SPEC = KernelSpec(
     params=(*b.DKV_PARAMS, b.LOCKSTEP),
     constraints=(
         *b.DKV_CONSTRAINTS,
-        Constraint("lockstep needs runs to split the tokens in", lambda _, c: not c["lockstep"] or c["num_splits"] > 1),
+        Constraint(
+            "lockstep needs two splits or more, to split the tokens in runs",
+            lambda _, config: not config["lockstep"] or int(config["num_splits"]) > 1,
+        ),
     ),
     rules=c.ATTENTION_RULES,
     defaults=defaults,
