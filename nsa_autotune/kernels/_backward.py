@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 NUM_WARPS = Param("num_warps", (4, 8), "warps of a program", reserve=(2, 16))
 NUM_STAGES = Param("num_stages", (1, 2, 3, 4), "depth of the software pipeline of the loop's tiles", reserve=(5,))
-NUM_SPLITS = Param("num_splits", (1, 2, 4, 8, 16), "programs that share a key tile's query tokens", reserve=(32,))
+NUM_SPLITS = Param("num_splits", (1, 2, 4, 8, 16, 32), "programs that share a key tile's query tokens", reserve=(64,))
 SPLIT_QUERIES = Param("split_mask", (False, True), "peel off the query tiles that see every key", structural=True)
+LOCKSTEP = Param("lockstep", (False, True), "splits take runs of tokens that key tiles walk together", structural=True)
+DP_FIRST = Param("dp_first", (False, True), "ask for do v^T before exp2, which then runs beside it", structural=True)
 TMA_QUERIES = Param("use_tma", (False, True), "load query tiles with tensor-memory-access descriptors", structural=True)
 ATTENTION_FIELDS = ("batch", "seq_q", "seq_k", "num_q_heads", "num_kv_heads", "d_qk", "d_v", "dtype", "layout")
 
@@ -80,7 +82,7 @@ TILES = (
     Param("BLOCK_N", (16, 32, 64, 128), "keys a tile"),
 )
 DQ_PARAMS = (*TILES, c.USE_TMA, c.SPLIT_MASK, NUM_WARPS, NUM_STAGES, c.MAXNREG)
-DKV_PARAMS = (*TILES, NUM_SPLITS, TMA_QUERIES, SPLIT_QUERIES, NUM_WARPS, NUM_STAGES, c.MAXNREG)
+DKV_PARAMS = (*TILES, NUM_SPLITS, TMA_QUERIES, SPLIT_QUERIES, DP_FIRST, NUM_WARPS, NUM_STAGES, c.MAXNREG)
 DQ_CONSTRAINTS = (
     c.ROWS_16_TO_128,
     c.NO_IDLE_TOKENS,
@@ -127,6 +129,7 @@ def dkv_defaults(problem: Problem, *, split_mask: bool, num_splits: int) -> Conf
         "num_splits": num_splits,
         "use_tma": False,
         "split_mask": split_mask,
+        "dp_first": False,
         "num_warps": 8 if exact or many_rows else 4,
         "num_stages": 2,
         "maxnreg": 0,
@@ -136,6 +139,12 @@ def dkv_defaults(problem: Problem, *, split_mask: bool, num_splits: int) -> Conf
 def dkv_constants(problem: Problem, config: Config) -> dict[str, Value]:
     """tl.constexpr values that all key-major kernels take."""
     return {**c.tile_constants(problem, config), "NUM_SPLITS": config["num_splits"]}
+
+
+def dkv_structure(problem: Problem, config: Config) -> dict[str, Any]:
+    """Structural switches of the key-major families that walk ranges of queries."""
+    own = {"lockstep": config.get("lockstep", False), "dp_first": config["dp_first"]}
+    return {**c.attention_structure(problem, config), **own}
 
 
 def dq_cost(problem: Problem, config: Config, pairs: float, keys: int, waste: float = 1.0) -> Cost:

@@ -35,7 +35,7 @@ SPEC = KernelSpec(
     rules=c.ATTENTION_RULES,
     defaults=partial(b.dkv_defaults, split_mask=True, num_splits=1),
     cost=cost,
-    structure=c.attention_structure,
+    structure=b.dkv_structure,
     constants=constants,
     reference=b.reference("win", "dk", "dv"),
     cases=c.small_cases(),

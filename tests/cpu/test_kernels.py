@@ -301,6 +301,35 @@ def test_the_default_is_right_on_the_specs_own_cases(family: str) -> None:
         check(SPECS[family], problem, SPECS[family].default_config(problem))
 
 
+@pytest.mark.parametrize("num_splits", [2, 16, 64])
+@pytest.mark.parametrize("dims", [{"seq_q": 77, "seq_k": 150}, {"seq_q": 131, "seq_k": 131}])
+def test_runs_of_tokens_need_not_divide_the_tokens(num_splits: int, dims: dict[str, int]) -> None:
+    """A run may be one tile, begin before the first token that sees a key, or lie behind the last token."""
+    spec, problem = SPECS["cmp_attn_bwd_dkv"], SHORT_Q.replace(**dims)
+    config = {**small_tiles(spec, problem, spec.default_config(problem)), "lockstep": True}
+    check(spec, problem, {**config, "num_splits": num_splits})
+
+
+@pytest.mark.parametrize("family", ["cmp_attn_bwd_dkv", "win_attn_bwd_dkv"])
+def test_a_closed_gate_gives_no_gradient_and_no_nan(family: str) -> None:
+    """The gate is part of the exponent, and log 0 is not finite."""
+    spec, problem = SPECS[family], SHORT_Q
+    module = load(render(spec, problem, small_tiles(spec, problem, spec.default_config(problem))))
+    inputs = make_inputs(spec, problem, "cpu")
+    gate, delta = inputs.tensors["gate"], inputs.tensors["delta"]
+    assert gate is not None and delta is not None
+    gate[:, ::2], delta[:, ::2] = 0.0, 0.0  # delta = gate rowsum(do o)
+    inputs.call(module.launch)
+    wanted = spec.reference(problem, inputs.tensors)
+    for name in ("dk", "dv"):
+        found = inputs.tensors[name]
+        assert found is not None and wanted[name].abs().max() > 0.1
+        torch.testing.assert_close(found.float(), wanted[name].float(), rtol=0.02, atol=0.01)
+    gate[:], delta[:] = 0.0, 0.0
+    inputs.call(module.launch)
+    assert all(not inputs.tensors[name].any() for name in ("dk", "dv"))  # type: ignore[union-attr]
+
+
 def test_wide_unions_are_right() -> None:
     """32 tokens a tile: the sign bit of a union's word stands for the last of them."""
     problem = SHORT_Q.replace(num_q_heads=1, seq_q=33, seq_k=120, locality=0.0)
