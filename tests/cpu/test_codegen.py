@@ -435,7 +435,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {**json.loads(out.splitlines()[-1]), "lines": lines}
 
 
-@pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "union"])
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "union", "one_block"])
 def test_compiling_for_an_absent_gpu_tells_the_resources(compiled: dict[str, Any], target: str) -> None:
     resources = compiled[target]
     assert 8 <= resources["registers"] <= 255
