@@ -57,13 +57,8 @@ def constants(problem: Problem, config: Config) -> dict[str, Value]:
 
 
 def structure(problem: Problem, config: Config) -> dict[str, Any]:
-    """Structural switches; `overlap`: windows reach into the next selection block, `exact_n`: n is a power of two."""
-    n = problem.nsa.num_selected
-    return {
-        **c.attention_structure(problem, config),
-        "overlap": span(problem) > 1,
-        "exact_n": n == c.next_power_of_2(n),
-    }
+    """Structural switches; `overlap`: windows reach into the next selection block."""
+    return {**c.attention_structure(problem, config), "overlap": span(problem) > 1}
 
 
 def defaults(problem: Problem) -> Config:
@@ -83,13 +78,13 @@ def defaults(problem: Problem) -> Config:
 
 
 def cost(problem: Problem, config: Config) -> Cost:
-    """QK products over the visible blocks; the scores go out to L2 and back once."""
+    """QK products over the visible blocks; the scores go out to L2 and back."""
     visible = c.total_positions(problem) / problem.nsa.compress_stride  # (token, block) pairs a kv head
     size, tokens = ELEMENT_BYTES[problem.dtype], c.num_tokens(problem, "seq_q")
     flops = 2 * visible * problem.num_q_heads * problem.d_qk
     rows = c.num_tokens(problem, "seq_k") // problem.nsa.compress_stride
     moved = size * (tokens * problem.num_q_heads + rows * problem.num_kv_heads) * problem.d_qk
-    scratch = 16 * visible / ratio(problem) * problem.num_kv_heads  # two float32 sums, written and read
+    scratch = 24 * visible / ratio(problem) * problem.num_kv_heads  # two float32 sums and a score, written and read
     return Cost(
         flops=flops,
         bytes_moved=moved + 4 * tokens * (problem.num_q_heads + problem.num_kv_heads * problem.nsa.num_selected),
@@ -156,7 +151,10 @@ SPEC = KernelSpec(
         c.MAXNREG,
     ),
     constraints=(
-        c.ROWS_16_TO_128,
+        Constraint(
+            "a tile must have 16 to 128 rows (BLOCK_T tokens times the padded group size), or 256 with swap",
+            lambda p, config: 16 <= c.block_m(p, config) <= (256 if config["swap"] else 128),
+        ),
         c.NO_IDLE_TOKENS,
         Constraint(
             "BLOCK_N must be a multiple of l'/d, so that a tile holds whole selection blocks",

@@ -20,6 +20,7 @@ from typing import Any
 import nsa_autotune.codegen.render as render_module
 from nsa_autotune.codegen.compile import compile_variant
 from nsa_autotune.codegen.pool import CompileJob, compile_many
+from nsa_autotune.config import NSAConfig
 from nsa_autotune.errors import KernelError
 from nsa_autotune.kernels import get_spec
 from nsa_autotune.spec import Config, KernelSpec, Problem, Value
@@ -126,6 +127,9 @@ def main() -> None:
     }
     union = {**default("slc_attn_fwd"), "loop_order": "union", "BLOCK_T": 4}
     seen["union"] = asdict(compile_variant(get_spec("slc_attn_fwd"), PROBLEM, union))
+    one_block = PROBLEM.replace(nsa=NSAConfig(num_selected=1, num_initial=0, num_local=1))
+    select = {**get_spec("slc_select_fwd").default_config(one_block), "BLOCK_T": 1}
+    seen["one_block"] = asdict(compile_variant(get_spec("slc_select_fwd"), one_block, select))
     window = default("win_attn_fwd")
     seen["window"] = asdict(compile_variant(get_spec("win_attn_fwd"), PROBLEM, window))
     seen["amd"] = asdict(compile_variant(get_spec("win_attn_fwd"), PROBLEM, window, "hip:gfx942"))

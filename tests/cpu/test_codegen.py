@@ -447,6 +447,11 @@ def test_compiling_for_an_absent_gpu_tells_the_resources(compiled: dict[str, Any
     assert compiled["cuda:80"]["binary_sha"] != compiled["cuda:90"]["binary_sha"]
 
 
+def test_a_selection_of_one_block_for_one_token_compiles(compiled: dict[str, Any]) -> None:
+    """Its running best is one number a program: a tensor, not a scalar."""
+    assert compiled["one_block"]["registers"] > 0
+
+
 def test_programs_are_counted_as_the_launch_starts_them(compiled: dict[str, Any]) -> None:
     block = get_spec("gate_sum_fwd").default_config(PROBLEM)["BLOCK"]
     outputs = PROBLEM.batch * PROBLEM.seq_q * PROBLEM.num_q_heads * PROBLEM.d_v

@@ -7,6 +7,7 @@ for each program and tile.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -336,6 +337,25 @@ def test_wide_unions_are_right() -> None:
     spec = SPECS["slc_attn_fwd"]
     config = {**spec.default_config(problem), "loop_order": "union", "BLOCK_T": 32, "BLOCK_N": 16}
     check(spec, problem, config)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 64])
+def test_a_selection_in_many_turns_gives_equal_scores_to_the_lower_index(tokens: int) -> None:
+    """Queries of zeros: all blocks inside have one score. 64 tokens of 4 heads are the widest tile."""
+    problem = SHORT_Q.replace(seq_q=19, seq_k=1300, nsa=replace(SMALL, num_selected=5))
+    spec = SPECS["slc_select_fwd"]
+    config = {**spec.default_config(problem), "BLOCK_T": tokens, "BLOCK_N": 16, "BLOCK_J": 32, "swap": tokens == 64}
+    module, inputs = load(render(spec, problem, config)), make_inputs(spec, problem, "cpu")
+    q, lse = inputs.tensors["q"], inputs.tensors["lse"]
+    assert q is not None and lse is not None
+    visible = (torch.arange(1281, 1300) - SMALL.compress_block_size + 1) // SMALL.compress_stride + 1
+    q.zero_()
+    lse.copy_(visible.log()[None, :, None].expand_as(lse))
+    inputs.call(module.launch)
+    blocks = inputs.tensors["blocks"]
+    own = torch.arange(1281, 1300) // SMALL.select_block_size
+    expected = torch.stack([own * 0, own * 0 + 1, own * 0 + 2, own - 1, own], 1)
+    assert blocks is not None and torch.equal(blocks[0, :, 0].long(), expected)
 
 
 def test_queries_may_be_heads_of_a_wider_tensor() -> None:
