@@ -14,7 +14,6 @@ from torch import Tensor
 from ..config import NSAConfig
 from ..dispatch.dispatcher import Dispatcher, by_number
 from ..dispatch.sources import default_winners
-from ..errors import InvalidInput
 from ..layout import PackedLayout
 from ..spec import DEFAULT_LOCALITY, KernelSpec, Problem
 
@@ -59,11 +58,8 @@ def from_handle(handle: int, x: Tensor) -> Dispatcher | None:
 
 
 def scale_of(q: Tensor, scale: float | None) -> float:
-    """The factor of the scores: `scale`, or 1 / sqrt(D_QK); the kernels scale a row's maximum, so it has no sign."""
-    factor = float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
-    if factor < 0.0:
-        raise InvalidInput("scale must not be negative", {"scale": factor}, "Negate q instead.")
-    return factor
+    """The factor of the scores: `scale`, or 1 / sqrt(D_QK)."""
+    return float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
 
 
 def packing_of(layout: PackedLayout | None) -> int | None:
