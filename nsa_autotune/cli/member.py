@@ -30,7 +30,8 @@ def run_of(order: str) -> tuple[Run, int]:
     values = json.loads(order)
     parent = values.pop("parent")
     work = tuple((get_spec(family), Problem.from_dict(problem)) for family, problem in values.pop("work"))
-    values |= {"work": work, "budget": Budget(**values["budget"]), "targets": tuple(values["targets"])}
+    tries = tuple((family, config) for family, config in values["tries"])
+    values |= {"work": work, "budget": Budget(**values["budget"]), "targets": tuple(values["targets"]), "tries": tries}
     return Run(**values), parent
 
 

@@ -16,6 +16,7 @@ from ..spec import DEFAULT_POLICY, KernelSpec, Problem
 from . import options
 from . import sweep as grid
 from .console import errors
+from .tries import read_tries
 from .tune_run import Run, Work, execute
 
 if TYPE_CHECKING:
@@ -81,6 +82,10 @@ def tune(
     check: Annotated[
         bool, typer.Option(help="Without a GPU: run small cases in Triton's interpreter before predicting.")
     ] = True,
+    tries: Annotated[
+        Path | None,
+        typer.Option("--try", help="Measure these first: JSON lines of a family and a config, which may be partial."),
+    ] = None,
     jobs: Annotated[
         int | None, typer.Option("--jobs", min=1, help="Processes that compile; all cores if none.")
     ] = None,
@@ -121,7 +126,10 @@ def tune(
     total = choose_budget(budget, EVERYTHING if everything else trials, minutes, parts, predicting=bool(targets))
     how = get_policy(policy).name
     cores = jobs or os.cpu_count() or 1
-    run = Run(tuple(work), total, db, device, targets, retune, cores, check, how, retry_quarantined)
+    first = read_tries(tries) if tries is not None else ()
+    if first and targets:
+        raise InvalidInput("--try measures, and a --target is absent", {"--target": targets}, "Leave one of them out.")
+    run = Run(tuple(work), total, db, device, targets, retune, cores, check, how, retry_quarantined, tries=first)
     raise typer.Exit(start(run, devices, ray, jobs))
 
 

@@ -23,6 +23,7 @@ from ..search.quarantine import context_of_run, retry_suspected, suspected
 from ..search.task import Task, known_trials, known_winner
 from ..search.tuner import tune_problem
 from .console import problem_text
+from .tries import completed
 from .tune_run import Run, Work, search_budget, share
 from .tune_suspects import contends, race_again, settle
 
@@ -143,6 +144,7 @@ class _Measuring:
                     retry_quarantined=self.run.retry_quarantined,
                     library=self._library,
                     preparer=self.preparer,
+                    first=completed(task.spec, task.problem, self.run.tries),
                 )
                 if winner is not None and self.run.budget.confirm:
                     self.lease.take(unit_of(task, "confirm"))  # races of one winner stay on one device

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..errors import StoreError, WorkerError
 from ..spec import DEFAULT_POLICY, KernelSpec, Problem
 from .console import errors
+from .tries import Tries
 from .tune_report import Guess, print_predictions, print_winners
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Run:
     retry_quarantined: bool = False
     since_s: float | None = None  # seconds of UTC; what other processes finished later is not done again; None is now
     members: int = 1  # processes that share the work of one command
+    tries: Tries = ()  # configs to measure first
 
 
 def execute(run: Run) -> int:

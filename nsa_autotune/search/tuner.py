@@ -72,6 +72,7 @@ def tune_problem(
     library: LibraryBaseline | None = None,
     preparer: Preparer | None = None,
     seed: int = 0,
+    first: Sequence[Config] = (),
     clock: Callable[[], float] = time.monotonic,
     digest_of: Callable[[KernelSpec], str] = template_digest,
 ) -> WinnerRecord | None:
@@ -80,7 +81,7 @@ def tune_problem(
     A known winner is returned as it is unless `retune`. Every trial is stored at once, so that an interrupted call,
     repeated, goes on where it stopped; trials of earlier calls count towards the budget unless `retune`. The winner is
     provisional until `confirm.confirm_winner` has raced it in a second process. What crashed or hung before on this
-    fingerprint stays out, see `quarantine`, unless `retry_quarantined`.
+    fingerprint stays out, see `quarantine`, unless `retry_quarantined`. `first`: configs to measure before all others.
     """
     spec.check_problem(problem)
     task = Task(spec, problem, dict(fingerprint), digest_of(spec), measurer.policy)
@@ -100,6 +101,7 @@ def tune_problem(
         preparer=preparer,
         retune=retune,
         seed=seed,
+        first=first,
         clock=clock,
     )
     try:
@@ -134,6 +136,7 @@ class _Tuning:
         preparer: Preparer | None,
         retune: bool,
         seed: int,
+        first: Sequence[Config],
         clock: Callable[[], float],
     ) -> None:
         self.preparer = preparer or Unprepared()
@@ -144,7 +147,7 @@ class _Tuning:
             self.records = list(kept)
         self.num_done = 0
         self.meter = Meter(budget, 0 if retune else len(self.records), clock)
-        self.search = ConfigSearch(task.space, seed=seed, seeds=self._first_configs(budget, seed))
+        self.search = ConfigSearch(task.space, seed=seed, seeds=[*first, *self._first_configs(budget, seed)])
         self.search.exclude(banned)
         self.codes: dict[str, TrialRecord] = {}  # machine code -> the trial that measured it
         self.under_way = 0
