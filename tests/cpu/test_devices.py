@@ -100,7 +100,19 @@ def test_ctrl_c_ends_all(
 def test_an_order_arrives_as_it_was_given() -> None:
     work = tuple((get_spec("gate_sum_fwd"), Problem(seq_q=n, seq_k=n)) for n in (1024, 2048))
     run = Run(
-        work, Budget(7, 3.0, confirm=False), "sqlite:///x", "cuda:1", (), True, 3, False, "graph-warm", True, 5.5, 2
+        work,
+        Budget(7, 3.0, confirm=False),
+        "sqlite:///x",
+        "cuda:1",
+        (),
+        True,
+        3,
+        False,
+        "graph-warm",
+        True,
+        5.5,
+        2,
+        tries=(("gate_sum_fwd", {"BLOCK": 1024}),),
     )
     assert run_of(order_of(run, 42)) == (run, 42)
 

@@ -182,6 +182,14 @@ def test_tuning_finds_stores_and_returns_the_winner(store: TuningStore) -> None:
     assert listener.outcomes[0].winner == winner
 
 
+def test_what_the_user_names_is_measured_before_all_else(store: TuningStore) -> None:
+    named = [SPACE.sample(random.Random(seed)) for seed in (5, 6)]
+    measurer = FakeMeasurer(make_landscape(0))
+    tune(store, measurer, first=[*named, DEFAULT, named[0]])
+    wanted = [config_key(config) for config in (*named, DEFAULT) if config is not None]
+    assert measurer.measured[:3] == wanted and len(set(measurer.measured)) == 25
+
+
 def test_failures_are_stored_with_their_reason_and_end_nothing(store: TuningStore) -> None:
     time_us = make_landscape(2, fail_share=0.5)
     tune(store, FakeMeasurer(time_us), budget=trials(40))
