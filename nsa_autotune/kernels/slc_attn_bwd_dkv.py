@@ -25,8 +25,7 @@ def constants(problem: Problem, config: Config) -> dict[str, Value]:
 def structure(problem: Problem, config: Config) -> dict[str, Any]:
     """What all attention templates read; keys and values are loaded once, with pointers."""
     switches = c.attention_structure(problem, {**config, "use_tma": False})
-    del switches["store_lse"]
-    return {**switches, "item_order": config["item_order"]}
+    return {name: value for name, value in switches.items() if name != "store_lse"}
 
 
 def defaults(problem: Problem) -> Config:
@@ -39,7 +38,6 @@ def defaults(problem: Problem) -> Config:
         **config,
         "BLOCK_N": min(problem.nsa.select_block_size, 32 if wide or crowded else 64),
         "CHUNK": 2048,
-        "item_order": "block",
         "split_mask": False,  # two loops can make ptxas serialize the matrix instructions
         "num_warps": 8 if crowded else 4,
         "num_stages": 2,
@@ -82,7 +80,6 @@ SPEC = KernelSpec(
             "entries of a block's token list that one program walks",
             reserve=(8192,),
         ),
-        Param("item_order", ("block", "token"), "programs go by block, or by first token (L2 hits)", structural=True),
         b.SPLIT_QUERIES,
         b.NUM_WARPS,
         b.NUM_STAGES,

@@ -36,21 +36,20 @@ PACKED = LONG.replace(batch=3, layout="packed", seq_q=689, seq_k=689)
 CHUNK = 512
 
 
-def rendered(problem: Problem, item_order: str = "block") -> ModuleType:
+def rendered(problem: Problem) -> ModuleType:
     """The family's module with short items."""
-    tiles = {"CHUNK": CHUNK, "BLOCK_T": 16, "BLOCK_N": 16, "item_order": item_order}
-    config = {**SPEC.default_config(problem), **tiles}
+    config = {**SPEC.default_config(problem), "CHUNK": CHUNK, "BLOCK_T": 16, "BLOCK_N": 16}
     return load(render(SPEC, problem, config))
 
 
-def lists(module: ModuleType, inputs: TrialInputs, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """token_list, block_start, item_place and, if it has one, item_order, as the gathering kernel gets them."""
+def lists(module: ModuleType, inputs: TrialInputs, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor, Tensor]:
+    """token_list, block_start and item_place, as the gathering kernel gets them."""
     caught: list[Any] = []
     monkeypatch.setattr(module.slc_attn_bwd_dkv_kernel, "run", lambda *args, **kwargs: caught.extend(args))
     monkeypatch.setattr(module.slc_attn_bwd_dkv_sum_kernel, "run", lambda *args, **kwargs: None)
     inputs.call(module.launch)
-    wanted = 4 if module.CONFIG["item_order"] == "token" else 3
-    return [a for a in caught if isinstance(a, Tensor) and a.dtype == torch.int32][:wanted]
+    token_list, block_start, item_place = [a for a in caught if isinstance(a, Tensor) and a.dtype == torch.int32][:3]
+    return token_list, block_start, item_place
 
 
 def expected_places(problem: Problem, inputs: TrialInputs) -> tuple[Tensor, Tensor, int]:
@@ -103,27 +102,8 @@ def test_every_place_has_its_items_in_order(monkeypatch: pytest.MonkeyPatch) -> 
     assert int(taken.max()) < 2 * (inputs.tensors["blocks"].numel() // CHUNK)  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("problem", [LONG, PACKED], ids=["batched", "packed"])
-def test_items_by_token_go_head_by_head_and_ascend(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = make_inputs(SPEC, problem, "cpu")
-    token_list, block_start, item_place, order = lists(rendered(problem, "token"), inputs, monkeypatch)
-    assert torch.equal(order.sort().values, torch.arange(len(order), dtype=torch.int32))
-    used = int((item_place >= 0).sum())
-    assert bool((item_place[order[:used].long()] >= 0).all())  # unused items are last
-    heads = problem.num_kv_heads * (1 if problem.layout == "packed" else problem.batch)
-    num_blocks = (len(block_start) - 1) // heads
-    keys = []
-    for item in order[:used].tolist():
-        place = int(item_place[item])
-        start, end = int(block_start[place]), int(block_start[place + 1])
-        entry = start + (item - place - start // CHUNK) * CHUNK
-        keys.append((place // num_blocks, int(token_list[entry]) if entry < end else 0))
-    assert keys == sorted(keys)
-
-
-@pytest.mark.parametrize("item_order", ["block", "token"])
 @pytest.mark.parametrize("only_block_0", [False, True])
-def test_blocks_of_several_items_are_summed(only_block_0: bool, item_order: str) -> None:
+def test_blocks_of_several_items_are_summed(only_block_0: bool) -> None:
     """Block 0 of 661 tokens takes two items of 512; blocks that nobody selected get zeros."""
     problem = LONG.replace(batch=1)
     inputs = make_inputs(SPEC, problem, "cpu")
@@ -132,7 +112,7 @@ def test_blocks_of_several_items_are_summed(only_block_0: bool, item_order: str)
     assert blocks is not None
     if only_block_0:
         blocks.fill_(-1)[..., 0] = 0
-    inputs.call(rendered(problem, item_order).launch)
+    inputs.call(rendered(problem).launch)
     given = {name: tensors[name] for name in ("q", "k", "v", "do", "lse", "delta", "gate", "blocks")}
     expected = attention_gradients("slc", **given, config=problem.nsa)  # type: ignore[arg-type]
     for name in ("dk", "dv"):
