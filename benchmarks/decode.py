@@ -77,6 +77,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--page-size", type=int)
     parser.add_argument("--new", default="1", help="new tokens of every sequence")
     parser.add_argument("--phi", choices=("mean", "mlp"), default="mean", help="compression: by the mean, or learned")
+    parser.add_argument("--head-major", action="store_true", help="pages in which a head's tokens lie together")
     parser.add_argument("--tune", type=float, metavar="MINUTES", help=f"tune first, in --db or {TUNED_DB}")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="most samples of a line")
     parser.add_argument("--device", default="cuda:0")
@@ -129,17 +130,17 @@ def run(
     with open_bench(where, **how, target_ms=TARGET_MS) as bench:
         rates = {plan[0].dtype: measure_rates(bench, plan[0].dtype)}
         for problem in plan:
-            lines += measure(problem, bench, options.phi)
+            lines += measure(problem, bench, options.phi, options.head_major)
             if where.type == "cuda":
                 torch.cuda.empty_cache()
     rows = [row for line in lines for row in (line.graph, line.eager)]
     return make_report(bench, command, options.untuned, rates, rows), lines
 
 
-def measure(problem: Problem, bench: Bench, phi: str) -> list[Line]:
+def measure(problem: Problem, bench: Bench, phi: str, head_major: bool = False) -> list[Line]:
     """All lines of a shape, interleaved under either clock; its tensors are freed afterwards."""
     bench.say(f"{size_text(problem)}: first calls")
-    entries = [*our_entries(problem, bench, phi), *dense_entries(problem, bench)]
+    entries = [*our_entries(problem, bench, phi, head_major), *dense_entries(problem, bench)]
     graph = time_group(entries, replace(bench, clock=make_clock(bench.device, graph=True)))  # graphs hold tensors
     eager = time_group(entries, bench)
     both = zip(entries, graph, eager, strict=True)
@@ -167,6 +168,7 @@ def write_results(report: Report, lines: Sequence[Line], options: argparse.Names
     unusual = {
         "untuned": options.untuned,
         "mlp": options.phi == "mlp",
+        "head-major": options.head_major,
         "fp8": problem.cache_dtype != "problem",
         f"q{problem.seq_q}": problem.seq_q > 1,
     }

@@ -61,8 +61,11 @@ class Filled:
         return self.attend(problem, dispatcher)
 
 
-def fill(problem: Problem, device: torch.device, phi: str) -> Filled:
-    """Equal for equal problems; `phi` is mean or mlp, and the branches share keys and values."""
+def fill(problem: Problem, device: torch.device, phi: str, head_major: bool = False) -> Filled:
+    """Equal for equal problems; `phi` is mean or mlp, and the branches share keys and values.
+
+    `head_major`: the tokens of a page lie together for each head, not the heads for each token.
+    """
     p, dtype = problem, getattr(torch, problem.dtype)
     generator = torch.Generator(device).manual_seed(0)
 
@@ -74,10 +77,12 @@ def fill(problem: Problem, device: torch.device, phi: str) -> Filled:
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0), dtype=torch.int32)
 
     def pool(rows: int, width: int) -> Pages:
-        shape = (count, rows, p.num_kv_heads, width)
+        inner = (p.num_kv_heads, rows) if head_major else (rows, p.num_kv_heads)
+        data = draw(count, *inner, width)
+        data = data.transpose(1, 2) if head_major else data
         if p.cache_dtype == "problem":
-            return Pages(draw(*shape))
-        return Pages(draw(*shape).to(FP8), torch.ones(count, p.num_kv_heads, device=device))
+            return Pages(data)
+        return Pages(data.to(FP8), torch.ones(count, p.num_kv_heads, device=device))
 
     cells = p.page_size // p.nsa.compress_stride
     k, v = pool(p.page_size, p.d_qk), pool(p.page_size, p.d_v)
@@ -102,9 +107,9 @@ def phi_weights(problem: Problem, width: int, draw: Callable[..., Tensor]) -> Fo
     return fold(PhiWeights(draw(size, width).mul_(0.02), w1, draw(hidden), w2, draw(width)))
 
 
-def our_entries(problem: Problem, bench: Bench, phi: str) -> list[Entry]:
+def our_entries(problem: Problem, bench: Bench, phi: str, head_major: bool = False) -> list[Entry]:
     """The step, its two parts, and the kernels of attention by themselves, each with a dispatcher of its own."""
-    filled = cache(partial(fill, problem, bench.device, phi))  # shared by the entries, freed with them
+    filled = cache(partial(fill, problem, bench.device, phi, head_major))  # shared by the entries, freed with them
     written = append_bytes(problem)
     calls: dict[str, tuple[Callable[[Dispatcher], Fn], float]] = {
         STEP: (lambda d: partial(filled().step, problem, d), moved_bytes(problem)),

@@ -40,8 +40,9 @@ def nsa_attention(
     q `[B, TQ, HQ, D_QK]`, keys `[B, TK, H, D_QK]`, values `[B, TK, H, D_V]`, gates `[B, TQ, HQ, 3]` in [0, 1]; packed
     tensors drop B and bring int32 `cu_seqlens` `[S + 1]` (`cu_seqlens_k` if the keys' lengths differ). k and v serve
     the compressed branch, and the others unless they have their own. Queries are aligned with the last keys. Position
-    encoding is the caller's business. `strict=True` raises NotTuned rather than serve an untuned kernel on a GPU.
-    `recompute=True` saves no branch's output (3 B TQ HQ D_V elements) for the backward, which attends once more.
+    encoding is the caller's business. On a GPU a negative gate makes gradients of keys and values NaN.
+    `strict=True` raises NotTuned rather than serve an untuned kernel on a GPU. `recompute=True` saves no branch's
+    output (3 B TQ HQ D_V elements) for the backward, which attends once more.
     Returns `[B, TQ, HQ, D_V]`; raises InvalidInput for tensors that do not fit together.
     """
     if not isinstance(config, NSAConfig):

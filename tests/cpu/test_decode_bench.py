@@ -149,11 +149,19 @@ def test_the_page_and_its_json_say_it_all(page: ModuleType) -> None:
 # the calls
 
 
-@pytest.mark.parametrize("phi", ["mean", "mlp"])
-@pytest.mark.parametrize("cache_dtype", ["problem", "float8_e4m3fn"])
-def test_our_calls_compute_what_they_say(calls: ModuleType, phi: str, cache_dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("phi", "cache_dtype", "head_major"),
+    [
+        ("mean", "problem", True),
+        ("mlp", "problem", False),
+        ("mean", "float8_e4m3fn", False),
+        ("mlp", "float8_e4m3fn", True),
+    ],
+)
+def test_our_calls_compute_what_they_say(calls: ModuleType, phi: str, cache_dtype: str, head_major: bool) -> None:
     problem = TINY.replace(cache_dtype=cache_dtype)
-    filled, asked = calls.fill(problem, CPU, phi), FakeDispatcher(None, [])
+    filled, asked = calls.fill(problem, CPU, phi, head_major), FakeDispatcher(None, [])
+    assert filled.pools.k_raw.data.is_contiguous() is not head_major
     before = [pages.data.clone() for pages in filled.pools.distinct()]
     out = filled.step(problem, asked)
     assert out.shape == (2, 1, 4, 16) and out.isfinite().all()
