@@ -23,6 +23,8 @@ from .variant import KernelSource, Serve, Variant, WinnerSource
 
 logger = logging.getLogger(__name__.partition(".")[0])
 
+SERVING = "%s on %s: serving the %s; to tune it: %s (others like it: level INFO, export_misses())"
+
 # Operators of torch.library take tensors, numbers and strings only, so a dispatcher goes by a number.
 _numbers = itertools.count(1)
 _dispatchers: weakref.WeakValueDictionary[int, Dispatcher] = weakref.WeakValueDictionary()
@@ -142,7 +144,10 @@ class Dispatcher:
         return serve_missed
 
     def choose(self, spec: KernelSpec, problem: Problem, device: Any = "cuda:0") -> Choice:
-        """The config that serves the problem; logs once below the first step, raises NotTuned if strict."""
+        """The config that serves the problem; raises NotTuned if strict and the ladder's first step is missed.
+
+        Lower steps are logged: a family's first problem on each as a warning, with the command that tunes it.
+        """
         here = self._fingerprint or current(str(device))
         self._kernels.check_gpu(here)
         spec.check_problem(problem)
@@ -194,9 +199,12 @@ class Dispatcher:
             values = {"family": spec.family, "gpu": here.gpu, "problem": spec.problem_key(problem)}
             raise NotTuned("strict=True serves exact winners only", values, f"Run: {command}")
         key = f"{spec.family} {spec.problem_key(problem)}"
-        if key not in self._said:
-            self._said.add(key)
-            logger.warning("%s on %s: serving the %s; to tune it: %s", spec.family, here.gpu, choice.step, command)
+        if key in self._said:
+            return
+        kind = f"{spec.family} {choice.step}"
+        level = logging.INFO if kind in self._said else logging.WARNING  # a prompt's chunks are a problem each
+        self._said |= {key, kind}
+        logger.log(level, SERVING, spec.family, here.gpu, choice.step, command)
 
     def _load(self, spec: KernelSpec, problem: Problem, config: Config) -> Variant:
         spec.check_problem(problem)

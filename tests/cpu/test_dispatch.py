@@ -208,6 +208,18 @@ def test_a_step_below_the_first_is_logged_once_with_the_command(log: Callable[[]
     assert len(log()) == 1
     served.choose(SPEC, PROBLEM.replace(d_qk=64, d_v=64))
     assert len(log()) == 2 and "serving the default config" in log()[1]
+    served.choose(SPEC, PROBLEM.replace(d_qk=96, d_v=96))
+    assert len(log()) == 2  # a warning a family and step; the rest at level INFO
+
+
+def test_every_problem_is_told_to_who_asks_for_it(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="nsa_autotune")
+    served, problems = dispatcher(), [PROBLEM.replace(d_qk=d, d_v=d) for d in (64, 96)]
+    for problem in (*problems, problems[1]):
+        served.choose(SPEC, problem)
+    told = [(record.levelno, record.getMessage()) for record in caplog.records]
+    assert [level for level, _ in told] == [logging.WARNING, logging.INFO]
+    assert all(tune_command(SPEC, problem) in text for problem, (_, text) in zip(problems, told, strict=True))
 
 
 def test_an_exact_winner_is_served_in_silence(log: Callable[[], list[str]]) -> None:
