@@ -123,7 +123,7 @@ class Param:
     """One dimension of a search space: ordered values; `structural` ones change which lines the template renders.
 
     `reserve` holds values beyond the ends: legal, but tried only next to a config that is among the best and lies on
-    that end.
+    that end. `former`: what kernels did before there was the parameter; records of then are read as if they said so.
     """
 
     name: str
@@ -131,6 +131,7 @@ class Param:
     doc: str
     structural: bool = False
     reserve: tuple[int, ...] = ()
+    former: Value | None = None
 
     @property
     def widest(self) -> tuple[Value, ...]:
@@ -263,6 +264,11 @@ class KernelSpec:
         reason = self.broken_constraint(problem, config)
         if reason is not None:
             raise InvalidConfig(f"{self.family}: {reason}", {"config": config}, "See `nsa-autotune render --family`.")
+
+    def completed(self, config: Config) -> Config:
+        """A config with the former values of parameters that it was stored without."""
+        missing = {p.name: p.former for p in self.params if p.former is not None and p.name not in config}
+        return {**config, **missing}
 
     def default_config(self, problem: Problem) -> Config:
         """The config served when nothing is tuned; obeys every constraint."""

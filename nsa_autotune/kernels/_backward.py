@@ -17,8 +17,12 @@ NUM_WARPS = Param("num_warps", (4, 8), "warps of a program", reserve=(2, 16))
 NUM_STAGES = Param("num_stages", (1, 2, 3, 4), "depth of the software pipeline of the loop's tiles", reserve=(5,))
 NUM_SPLITS = Param("num_splits", (1, 2, 4, 8, 16, 32), "programs that share a key tile's query tokens", reserve=(64,))
 SPLIT_QUERIES = Param("split_mask", (False, True), "peel off the query tiles that see every key", structural=True)
-LOCKSTEP = Param("lockstep", (False, True), "splits take runs of tokens that key tiles walk together", structural=True)
-DP_FIRST = Param("dp_first", (False, True), "ask for do v^T before exp2, which then runs beside it", structural=True)
+LOCKSTEP = Param(
+    "lockstep", (False, True), "splits take runs of tokens that key tiles walk together", structural=True, former=False
+)
+DP_FIRST = Param(
+    "dp_first", (False, True), "ask for do v^T before exp2, which then runs beside it", structural=True, former=False
+)
 TMA_QUERIES = Param("use_tma", (False, True), "load query tiles with tensor-memory-access descriptors", structural=True)
 ATTENTION_FIELDS = ("batch", "seq_q", "seq_k", "num_q_heads", "num_kv_heads", "d_qk", "d_v", "dtype", "layout")
 

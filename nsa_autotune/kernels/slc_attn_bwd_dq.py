@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ..spec import Argument, Config, Constraint, Cost, KernelSpec, Param, Problem, Value
@@ -64,7 +65,7 @@ SPEC = KernelSpec(
         ),
         Param("BLOCK_T", (1, 2, 4, 8, 16, 32), "query tokens a tile"),
         Param("BLOCK_N", (16, 32, 64, 128), "keys a tile"),
-        c.SWAP,
+        replace(c.SWAP, former=False),
         c.USE_TMA,
         Param("num_warps", (1, 2, 4, 8), "warps of a program", reserve=(16,)),
         c.NUM_STAGES,

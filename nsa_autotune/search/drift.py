@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..bench.timing import MIN_ROUNDS
 from ..bench.worker import RACE_TARGET_MS
@@ -69,8 +69,14 @@ def stale_winners(
     for members in groups.values():
         if all(changed_fields(winner, here, digests) for winner in members):
             best = max(members, key=lambda w: (w.template_digest == digests.get(w.family), w.created))
-            found.append(Stale(best, changed_fields(best, here, digests)))
+            found.append(Stale(_completed(best, specs[best.family]), changed_fields(best, here, digests)))
     return sorted(found, key=lambda stale: stale.winner.created, reverse=True)
+
+
+def _completed(winner: WinnerRecord, spec: KernelSpec) -> WinnerRecord:
+    """The winner as it would have been stored with the parameters that came since."""
+    rivals = tuple({**rival, "config": spec.completed(rival["config"])} for rival in winner.rivals)
+    return replace(winner, config=spec.completed(winner.config), rivals=rivals)
 
 
 def changed_fields(winner: WinnerRecord, here: Mapping[str, str], digests: Mapping[str, str]) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..bench.result import TrialResult
@@ -114,7 +114,7 @@ def stored_trials(stale: Stale, store: TuningStore) -> list[TrialRecord]:
 
 def compile_candidates(stale: Stale, spec: KernelSpec, store: TuningStore, compiler: CompileAll | None) -> Compiled:
     """Compile a stale winner's best few; without a compiler nothing is known of their code, and all of them race."""
-    trials = stored_trials(stale, store)
+    trials = [replace(trial, config=spec.completed(trial.config)) for trial in stored_trials(stale, store)]
     configs = candidates(stale, spec, trials)
     jobs = [CompileJob(spec.family, stale.winner.problem, config) for config in configs]
     outcomes = () if compiler is None else compiler(jobs)

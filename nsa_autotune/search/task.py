@@ -164,7 +164,7 @@ def seed_configs(store: TuningStore, task: Task, limit: int) -> list[Config]:
 def _candidates(store: TuningStore, task: Task) -> Iterator[Config]:
     yield task.spec.default_config(task.problem)
     winners = sorted(store.winners(family=task.spec.family), key=lambda w: _winner_distance(task, w))
-    yield from (winner.config for winner in winners[:NEAR_WINNERS])
+    yield from (task.spec.completed(winner.config) for winner in winners[:NEAR_WINNERS])
     predicted = store.trials(
         family=task.spec.family, problem_key=task.key, template_digest=task.template_digest, kind="predicted"
     )

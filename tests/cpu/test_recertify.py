@@ -37,7 +37,7 @@ from nsa_autotune.search.recertify import (
     unconfirmed,
 )
 from nsa_autotune.search.space import ConfigSpace, config_key
-from nsa_autotune.search.task import Task, known_winner
+from nsa_autotune.search.task import Task, known_winner, seed_configs
 from nsa_autotune.search.tuner import tune_problem
 from nsa_autotune.spec import Config, KernelSpec, Param, Problem, digest
 
@@ -498,3 +498,26 @@ def test_the_cost_counts_configs_and_the_time_on_the_clock() -> None:
     assert cost.race_s == pytest.approx(9 * (1.0 + 1.0) + 9 * (1.0 + 0.4))
     assert cost.compile_s == pytest.approx(18 * 1.5 / 2)
     assert cost.minutes == pytest.approx((cost.race_s + cost.compile_s) / 60)
+
+
+# a parameter that came later
+
+
+def test_a_winner_from_before_a_parameter_carries_over_with_its_former_value(store: TuningStore) -> None:
+    late = replace(SPEC, params=(*SPEC.params, Param("late", (False, True), "new", structural=True, former=False)))
+    late = replace(late, defaults=lambda problem: {**SPEC.defaults(problem), "late": False})
+    old = old_winner(warps(2), [(warps(8), 0.05, False)])
+    store.set_winner(old)
+    (stale,) = stale_winners([old], HERE, {SPEC.family: late}, {SPEC.family: NEW_TEMPLATE})
+    assert stale.winner.config == {**warps(2), "late": False} == late.completed(warps(2))
+    assert candidates(stale, late, []) == [{**config, "late": False} for config in (warps(2), warps(8), DEFAULT)]
+    assert late.completed({**warps(2), "late": True})["late"] is True
+    task = Task(late, PROBLEM, HERE, NEW_TEMPLATE)
+    assert {**warps(2), "late": False} in seed_configs(store, task, 99)
+
+
+def test_without_a_former_value_a_winner_of_before_is_left_out() -> None:
+    late = replace(SPEC, params=(*SPEC.params, Param("late", (False, True), "new", structural=True)))
+    late = replace(late, defaults=lambda problem: {**SPEC.defaults(problem), "late": False})
+    (stale,) = stale_winners([old_winner(warps(2))], HERE, {SPEC.family: late}, {SPEC.family: NEW_TEMPLATE})
+    assert candidates(stale, late, []) == [{**DEFAULT, "late": False}]
