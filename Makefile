@@ -4,6 +4,7 @@
 #   TORCH_CPU, TORCH_CUDA the requirements behind the two, e.g. TORCH_CUDA='torch==2.11.0'
 #   PRESET, ARGS          what `make tune` tunes (gqa16-d128 with a GPU, tiny without), and further options
 #   JOBS, PYTEST_ARGS     processes of `make test`, and further options of pytest
+#   PARTS                 processes of `make sanitize`, which share a GPU
 #   PYTHON, VENV          the interpreter (3.11 or newer) and the folder of the environment
 
 SHELL := /bin/bash
@@ -17,6 +18,7 @@ TORCH_CUDA ?= torch
 PYTEST_ARGS ?=
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
 ARGS ?=
+PARTS ?= 6
 
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes || echo no)
 BUILD := $(if $(filter auto,$(TORCH)),$(if $(filter yes,$(GPU)),cuda,cpu),$(TORCH))
@@ -67,9 +69,11 @@ fuzz: $(STAMP)  ## 10,000 hostile files, where `make test` tries a hundred
 kill: $(STAMP)  ## SIGKILL at 200 points of tuning runs, where `make test` tries a few
 	KILL_POINTS=200 $(BIN)/python -m pytest tests/cpu/test_kill.py $(PYTEST_ARGS)
 
-sanitize: $(STAMP)  ## memory errors and races of every structure, by the CUDA toolkit's checker
-	compute-sanitizer --tool memcheck --error-exitcode 9 $(BIN)/python tests/gpu/launch_all.py
-	compute-sanitizer --tool racecheck --error-exitcode 9 $(BIN)/python tests/gpu/launch_all.py
+sanitize: $(STAMP)  ## memory errors and races of every structure and shipped winner, by the CUDA toolkit's checker
+	for tool in memcheck racecheck; do \
+		seq 0 $$(($(PARTS) - 1)) | xargs -P $(PARTS) -I{} compute-sanitizer --tool $$tool --error-exitcode 9 \
+			$(BIN)/python tests/gpu/launch_all.py {}/$(PARTS) || exit 1; \
+	done
 
 bench: $(STAMP)
 	$(BIN)/nsa-autotune bench $(ARGS)

@@ -165,7 +165,8 @@ MODULE_CASES = (
     ModuleCase(1, (256, 256), "bfloat16", 32, 2, compression="mean", share_kv=True),
     ModuleCase(16, (128, 128), "bfloat16", 64, 1, "float8_e4m3fn"),
 )
-GRAPH_CASE = ModuleCase(16, (128, 128), "bfloat16", prompt=3000, tokens=4096, capacity=8192)
+# from token 8192 on the blocks of a sequence are ranked in two chunks, by programs of a second kernel
+GRAPH_CASE = ModuleCase(16, (128, 128), "bfloat16", prompt=6000, tokens=4096, capacity=16_384)
 
 
 def cache_problems() -> list[Problem]:

@@ -29,7 +29,11 @@ PROBLEMS = (
     Problem(batch=4, seq_q=3, seq_k=1100, num_q_heads=10, num_kv_heads=2, d_qk=96, d_v=64, layout="paged"),
 )
 STEP = PROBLEMS[-1]
-PROBLEMS = (*PROBLEMS, STEP.replace(seq_q=1, num_q_heads=32, page_size=16, cache_dtype="float8_e4m3fn"))
+PROBLEMS = (
+    *PROBLEMS,
+    STEP.replace(seq_q=1, num_q_heads=32, page_size=16, cache_dtype="float8_e4m3fn"),
+    STEP.replace(batch=2, seq_k=9000),  # blocks in two chunks, whose best are merged
+)
 Work = tuple[KernelSpec, Problem, Config]
 
 
