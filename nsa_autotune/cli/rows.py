@@ -20,6 +20,7 @@ from .console import count_text, make_table, output, write_text
 
 Row = dict[str, Any]
 MAX_CELL_CHARS = 60  # of a reason or config in a table
+OBJECTS = ("config", "nsa", "resources")  # columns whose cells are JSON
 SAID_ONCE = ("gpu", "base", "other")  # above a table, where all rows have the same
 DEFAULT_LIMIT = 50  # rows of a table; other formats give all
 
@@ -126,7 +127,17 @@ def _pyarrow() -> tuple[Any, Any]:
 
 
 def _json_text(rows: Sequence[Row], names: Sequence[str]) -> str:
-    return json.dumps([{name: row[name] for name in names} for row in rows], indent=1) + "\n"
+    return json.dumps([{name: _plain(name, row[name]) for name in names} for row in rows], indent=1) + "\n"
+
+
+def _plain(name: str, value: Any) -> Any:
+    """What a cell says in JSON: an object where other formats have its text."""
+    if name not in OBJECTS or not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):  # a column of `db sql` may have the name and hold anything
+        return value
 
 
 def _csv_text(rows: Sequence[Row], names: Sequence[str]) -> str:

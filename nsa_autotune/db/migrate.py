@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -14,6 +15,8 @@ from sqlalchemy import Connection, Engine, func, select
 
 from ..errors import StoreError
 from .engine import Location, for_writing
+
+logger = logging.getLogger(__name__)
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 VERSION_TABLE = "nsa_alembic_version"
@@ -47,9 +50,12 @@ def ensure_schema(engine: Engine, location: Location, *, read_only: bool) -> Non
         lock_setup(connection)
         revision = current_revision(connection)
         _check_known(revision, location)  # another process may have migrated while we waited
-        if revision is not None and revision != head_revision() and location.path is not None:
-            back_up(location.path, revision)
+        is_older = revision is not None and revision != head_revision()
+        copy = back_up(location.path, revision) if is_older and revision and location.path is not None else None
         upgrade(connection)
+    if is_older:
+        kept = f"; {copy.name} beside it is how it was" if copy is not None else ""
+        logger.warning("%s: brought from schema %s to %s%s", location, revision, head_revision(), kept)
 
 
 def back_up(path: Path, revision: str) -> Path:

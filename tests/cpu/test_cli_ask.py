@@ -54,6 +54,9 @@ def test_best_as_table_json_and_csv(ask: Ask, tmp_path: Path) -> None:
     assert code == 0 and "best: 1 row" in out and "2026-01-02" in out and "confirmed" in out
     (row,) = json.loads(ask("best", "--gpu", "h100", "--format", "json")[1])
     assert (row["median_us"], row["stale"], row["triton"], row["samples"]) == (110, False, "3.9.0", 3)
+    assert isinstance(row["config"], dict) and row["nsa"]["window_size"] == 512  # objects, not text of objects
+    ((text,),) = csv.reader(io.StringIO(ask("sql", "SELECT '{x' AS config", "--format", "csv")[1].splitlines()[1]))
+    assert json.loads(ask("sql", "SELECT '{x' AS config", "--format", "json")[1]) == [{"config": text}]
     code, out, _ = ask("best", "--by", "seq", "--format", "csv", "--out", str(tmp_path / "best.csv"))
     assert code == 0 and out.endswith("best.csv: 2 rows\n")
     rows = list(csv.DictReader(io.StringIO((tmp_path / "best.csv").read_text())))

@@ -212,7 +212,9 @@ def restore(path: Path, revision: str) -> None:
 
 
 @pytest.mark.parametrize("revision", EARLIER)
-def test_a_database_of_an_earlier_schema_migrates_after_a_copy(tmp_path: Path, revision: str) -> None:
+def test_a_database_of_an_earlier_schema_migrates_after_a_copy(
+    tmp_path: Path, revision: str, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "old.sqlite"
     restore(path, revision)
     with TuningStore(f"sqlite:///{path}", import_shipped=False) as store:
@@ -233,6 +235,8 @@ def test_a_database_of_an_earlier_schema_migrates_after_a_copy(tmp_path: Path, r
             assert kept.execute("SELECT version_num FROM nsa_alembic_version").fetchall() == [(revision,)]
             assert kept.execute("SELECT count(*) FROM nsa_trials").fetchone() == (2,)
     assert [p.name for p in tmp_path.glob("*.bak*")] == [copy.name] * (revision != migrate.head_revision())
+    told = [r.getMessage() for r in caplog.records if "brought from schema" in r.getMessage()]
+    assert len(told) == (revision != migrate.head_revision()) and all(copy.name in text for text in told)
 
 
 def test_every_schema_so_far_has_a_database_here() -> None:
