@@ -11,6 +11,10 @@ from ._lazy import reference
 if TYPE_CHECKING:
     from ..layout import PackedLayout
 
+BLOCK_T = (1, 2, 4, 8, 16, 32)
+TOKENS = {"query_major": BLOCK_T[:1], "union": BLOCK_T[1:], "pair": (2,), "quad": (4,)}  # a tile's, by loop order
+SHARED_FIRST = ("pair", "quad")
+
 
 def constants(problem: Problem, config: Config) -> dict[str, Value]:
     """tl.constexpr values of the kernel."""
@@ -24,7 +28,7 @@ def constants(problem: Problem, config: Config) -> dict[str, Value]:
 
 def structure(problem: Problem, config: Config) -> dict[str, Any]:
     """Structural switches, the loop order among them."""
-    return {**c.attention_structure(problem, config), "loop_order": config["loop_order"]}
+    return {**c.attention_structure(problem, config), "loop_order": config["loop_order"], "carry": config["carry"]}
 
 
 def defaults(problem: Problem) -> Config:
@@ -36,6 +40,7 @@ def defaults(problem: Problem) -> Config:
         "BLOCK_N": min(problem.nsa.select_block_size, 32 if wide else 64),
         "swap": False,
         "use_tma": False,
+        "carry": False,
         "num_warps": 4 if wide or problem.group_size > 16 else 2,
         "num_stages": 2,
         "maxnreg": 0,
@@ -88,12 +93,16 @@ SPEC = KernelSpec(
     nsa_fields=("select_block_size", "num_selected"),
     params=(
         Param(
-            "loop_order", ("query_major", "union"), "one token a tile, or the union of adjacent tokens", structural=True
+            "loop_order",
+            tuple(TOKENS),
+            "one token a tile; the union of adjacent ones; or 2 or 4, what all chose first, then the rest one by one",
+            structural=True,
         ),
-        Param("BLOCK_T", (1, 2, 4, 8, 16, 32), "query tokens a tile"),
+        Param("BLOCK_T", BLOCK_T, "query tokens a tile"),
         Param("BLOCK_N", (16, 32, 64, 128), "keys a tile"),
         c.SWAP,
         c.USE_TMA,
+        Param("carry", (False, True), "load the next block one step ahead", structural=True, former=False),
         Param("num_warps", (1, 2, 4, 8), "warps of a program", reserve=(16,)),
         c.NUM_STAGES,
         c.MAXNREG,
@@ -101,8 +110,16 @@ SPEC = KernelSpec(
     constraints=(
         *c.TILE_CONSTRAINTS,
         Constraint(
-            "query_major takes one token a tile, union two or more",
-            lambda p, config: (config["loop_order"] == "union") == (int(config["BLOCK_T"]) > 1),
+            "query_major takes one token a tile, union two or more, pair two and quad four",
+            lambda p, config: int(config["BLOCK_T"]) in TOKENS[str(config["loop_order"])],
+        ),
+        Constraint(
+            "pair and quad need 9 query heads or more a kv head, so that one token fills a matrix instruction",
+            lambda p, config: config["loop_order"] not in SHARED_FIRST or c.next_power_of_2(p.group_size) >= 16,
+        ),
+        Constraint(
+            "pair and quad hold their lists in registers: there is no load to carry",
+            lambda p, config: config["loop_order"] not in SHARED_FIRST or not config["carry"],
         ),
         Constraint(
             "BLOCK_N must divide select_block_size (l')",
