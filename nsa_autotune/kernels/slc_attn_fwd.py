@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..config import NSAConfig
 from ..spec import ELEMENT_BYTES, Argument, Config, Constraint, Cost, KernelSpec, Param, Problem, Value
 from . import _common as c
 from ._lazy import reference
@@ -14,6 +15,17 @@ if TYPE_CHECKING:
 BLOCK_T = (1, 2, 4, 8, 16, 32)
 TOKENS = {"query_major": BLOCK_T[:1], "union": BLOCK_T[1:], "pair": (2,), "quad": (4,)}  # a tile's, by loop order
 SHARED_FIRST = ("pair", "quad")
+WIDE_GROUP = Problem(  # the group that pair and quad need, with blocks that only some tokens of a tile chose
+    seq_q=70,
+    seq_k=70,
+    num_q_heads=9,
+    num_kv_heads=1,
+    d_qk=48,
+    d_v=32,
+    dtype="float16",
+    locality=0.0,
+    nsa=NSAConfig(compress_block_size=16, compress_stride=8, select_block_size=16, num_selected=4),
+)
 
 
 def constants(problem: Problem, config: Config) -> dict[str, Value]:
@@ -47,19 +59,30 @@ def defaults(problem: Problem) -> Config:
     }
 
 
+def tile_blocks(problem: Problem, config: Config) -> float:
+    """Expected blocks that a tile reads: the union, or what all its tokens chose and then each token's others."""
+    nsa, tokens = problem.nsa, int(config["BLOCK_T"])
+    if config["loop_order"] not in SHARED_FIRST:
+        return c.union_blocks(problem, tokens)
+    chosen = min(nsa.num_selected, nsa.num_select_blocks(problem.seq_k))
+    forced = min(nsa.num_initial + nsa.num_local, chosen)
+    shared = forced + (chosen - forced) * problem.locality ** (tokens - 1)
+    return shared + tokens * (chosen - shared)
+
+
 def cost(problem: Problem, config: Config) -> Cost:
     """QK and PV products over n blocks a token; a union tile multiplies all its rows with every block of the union."""
     nsa, size, width = problem.nsa, ELEMENT_BYTES[problem.dtype], problem.d_qk + problem.d_v
     tokens, block_t = c.num_tokens(problem, "seq_q"), int(config["BLOCK_T"])
     seen = min(c.total_positions(problem), float(tokens) * nsa.num_selected * nsa.select_block_size)
     flops = 2 * seen * problem.num_q_heads * width
-    union = c.union_blocks(problem, block_t)
-    waste = union / min(nsa.num_selected, nsa.num_select_blocks(problem.seq_k))
+    reads = tile_blocks(problem, config) / min(nsa.num_selected, nsa.num_select_blocks(problem.seq_k))
+    waste = 1.0 if config["loop_order"] in SHARED_FIRST else reads
     keys = c.num_tokens(problem, "seq_k") * problem.num_kv_heads * width
     return Cost(
         flops=flops,
         bytes_moved=size * (tokens * problem.num_q_heads * width + keys) + 4 * tokens * problem.num_q_heads,
-        on_chip_bytes=seen * waste / block_t * problem.num_kv_heads * width * size,
+        on_chip_bytes=seen * reads / block_t * problem.num_kv_heads * width * size,
         mma_flops=flops * waste * c.block_g(problem, config) / problem.group_size,
     )
 
@@ -132,5 +155,5 @@ SPEC = KernelSpec(
     structure=structure,
     constants=constants,
     reference=run_reference,
-    cases=c.small_cases(),
+    cases=(*c.small_cases(), WIDE_GROUP),
 )
