@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..config import NSAConfig
 from ..spec import ELEMENT_BYTES, Argument, Config, Constraint, Cost, KernelSpec, Param, Problem, Value
 from . import _common as c
 from ._lazy import reference
 
 if TYPE_CHECKING:
     from ..layout import PackedLayout
+
+BLOCK_T = (1, 2, 4, 8, 16, 32)
+TOKENS = {"query_major": BLOCK_T[:1], "union": BLOCK_T[1:], "pair": (2,), "quad": (4,)}  # a tile's, by loop order
+SHARED_FIRST = ("pair", "quad")
+WIDE_GROUP = Problem(  # the group that pair and quad need, with blocks that only some tokens of a tile chose
+    seq_q=70,
+    seq_k=70,
+    num_q_heads=9,
+    num_kv_heads=1,
+    d_qk=48,
+    d_v=32,
+    dtype="float16",
+    locality=0.0,
+    nsa=NSAConfig(compress_block_size=16, compress_stride=8, select_block_size=16, num_selected=4),
+)
 
 
 def constants(problem: Problem, config: Config) -> dict[str, Value]:
@@ -24,7 +40,7 @@ def constants(problem: Problem, config: Config) -> dict[str, Value]:
 
 def structure(problem: Problem, config: Config) -> dict[str, Any]:
     """Structural switches, the loop order among them."""
-    return {**c.attention_structure(problem, config), "loop_order": config["loop_order"]}
+    return {**c.attention_structure(problem, config), "loop_order": config["loop_order"], "carry": config["carry"]}
 
 
 def defaults(problem: Problem) -> Config:
@@ -36,10 +52,22 @@ def defaults(problem: Problem) -> Config:
         "BLOCK_N": min(problem.nsa.select_block_size, 32 if wide else 64),
         "swap": False,
         "use_tma": False,
+        "carry": False,
         "num_warps": 4 if wide or problem.group_size > 16 else 2,
         "num_stages": 2,
         "maxnreg": 0,
     }
+
+
+def tile_blocks(problem: Problem, config: Config) -> float:
+    """Expected blocks that a tile reads: the union, or what all its tokens chose and then each token's others."""
+    nsa, tokens = problem.nsa, int(config["BLOCK_T"])
+    if config["loop_order"] not in SHARED_FIRST:
+        return c.union_blocks(problem, tokens)
+    chosen = min(nsa.num_selected, nsa.num_select_blocks(problem.seq_k))
+    forced = min(nsa.num_initial + nsa.num_local, chosen)
+    shared = forced + (chosen - forced) * problem.locality ** (tokens - 1)
+    return shared + tokens * (chosen - shared)
 
 
 def cost(problem: Problem, config: Config) -> Cost:
@@ -48,13 +76,13 @@ def cost(problem: Problem, config: Config) -> Cost:
     tokens, block_t = c.num_tokens(problem, "seq_q"), int(config["BLOCK_T"])
     seen = min(c.total_positions(problem), float(tokens) * nsa.num_selected * nsa.select_block_size)
     flops = 2 * seen * problem.num_q_heads * width
-    union = c.union_blocks(problem, block_t)
-    waste = union / min(nsa.num_selected, nsa.num_select_blocks(problem.seq_k))
+    reads = tile_blocks(problem, config) / min(nsa.num_selected, nsa.num_select_blocks(problem.seq_k))
+    waste = 1.0 if config["loop_order"] in SHARED_FIRST else reads
     keys = c.num_tokens(problem, "seq_k") * problem.num_kv_heads * width
     return Cost(
         flops=flops,
         bytes_moved=size * (tokens * problem.num_q_heads * width + keys) + 4 * tokens * problem.num_q_heads,
-        on_chip_bytes=seen * waste / block_t * problem.num_kv_heads * width * size,
+        on_chip_bytes=seen * reads / block_t * problem.num_kv_heads * width * size,
         mma_flops=flops * waste * c.block_g(problem, config) / problem.group_size,
     )
 
@@ -88,12 +116,16 @@ SPEC = KernelSpec(
     nsa_fields=("select_block_size", "num_selected"),
     params=(
         Param(
-            "loop_order", ("query_major", "union"), "one token a tile, or the union of adjacent tokens", structural=True
+            "loop_order",
+            tuple(TOKENS),
+            "one token a tile; the union of adjacent ones; or 2 or 4, what all chose first, then the rest one by one",
+            structural=True,
         ),
-        Param("BLOCK_T", (1, 2, 4, 8, 16, 32), "query tokens a tile"),
+        Param("BLOCK_T", BLOCK_T, "query tokens a tile"),
         Param("BLOCK_N", (16, 32, 64, 128), "keys a tile"),
         c.SWAP,
         c.USE_TMA,
+        Param("carry", (False, True), "load the next block one step ahead", structural=True, former=False),
         Param("num_warps", (1, 2, 4, 8), "warps of a program", reserve=(16,)),
         c.NUM_STAGES,
         c.MAXNREG,
@@ -101,8 +133,16 @@ SPEC = KernelSpec(
     constraints=(
         *c.TILE_CONSTRAINTS,
         Constraint(
-            "query_major takes one token a tile, union two or more",
-            lambda p, config: (config["loop_order"] == "union") == (int(config["BLOCK_T"]) > 1),
+            "query_major takes one token a tile, union two or more, pair two and quad four",
+            lambda p, config: int(config["BLOCK_T"]) in TOKENS[str(config["loop_order"])],
+        ),
+        Constraint(
+            "pair and quad need 9 query heads or more a kv head, so that one token fills a matrix instruction",
+            lambda p, config: config["loop_order"] not in SHARED_FIRST or c.next_power_of_2(p.group_size) >= 16,
+        ),
+        Constraint(
+            "pair and quad hold their lists in registers: there is no load to carry",
+            lambda p, config: config["loop_order"] not in SHARED_FIRST or not config["carry"],
         ),
         Constraint(
             "BLOCK_N must divide select_block_size (l')",
@@ -115,5 +155,5 @@ SPEC = KernelSpec(
     structure=structure,
     constants=constants,
     reference=run_reference,
-    cases=c.small_cases(),
+    cases=(*c.small_cases(), WIDE_GROUP),
 )

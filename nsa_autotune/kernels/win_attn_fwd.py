@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..spec import ELEMENT_BYTES, Config, Cost, KernelSpec, Problem, Value
+from ..spec import ELEMENT_BYTES, Config, Constraint, Cost, KernelSpec, Param, Problem, Value
 from . import _common as c
 from ._lazy import reference
 
 if TYPE_CHECKING:
     from ..layout import PackedLayout
 
+TAIL_N = 16  # keys a narrow tile, the fewest that a matrix instruction of P V takes
+
 
 def constants(problem: Problem, config: Config) -> dict[str, Value]:
     """tl.constexpr values of the kernel."""
-    return {
-        **c.tile_constants(problem, config),
-        "WINDOW": problem.nsa.window_size,
-    }
+    narrow = {"TAIL_N": TAIL_N} if config["narrow_tail"] else {}
+    return {**c.tile_constants(problem, config), "WINDOW": problem.nsa.window_size, **narrow}
+
+
+def structure(problem: Problem, config: Config) -> dict[str, Any]:
+    """Structural switches, the narrow tail among them."""
+    return {**c.attention_structure(problem, config), "narrow_tail": config["narrow_tail"]}
+
+
+def defaults(problem: Problem) -> Config:
+    """As every attention over a range of keys, in one masked loop."""
+    return {**c.range_defaults(problem, split_mask=False), "narrow_tail": False}
+
+
+def tile_keys(problem: Problem, config: Config) -> int:
+    """Keys that a tile of BLOCK_T tokens multiplies with, w + BLOCK_T - 1 of them needed."""
+    needed = problem.nsa.window_size + int(config["BLOCK_T"]) - 1
+    block_n = int(config["BLOCK_N"])
+    if not config["narrow_tail"]:
+        return -(-needed // block_n) * block_n
+    return needed // block_n * block_n + -(-(needed % block_n) // TAIL_N) * TAIL_N
 
 
 def cost(problem: Problem, config: Config) -> Cost:
@@ -27,9 +45,8 @@ def cost(problem: Problem, config: Config) -> Cost:
     seen = min(c.total_positions(problem), float(tokens) * problem.nsa.window_size)
     width, size = problem.d_qk + problem.d_v, ELEMENT_BYTES[problem.dtype]
     flops = 2 * seen * problem.num_q_heads * width
-    block_t, block_n = int(config["BLOCK_T"]), int(config["BLOCK_N"])
-    tile_keys = -(-(problem.nsa.window_size + block_t - 1) // block_n) * block_n
-    waste = tile_keys / problem.nsa.window_size * c.block_g(problem, config) / problem.group_size
+    block_t = int(config["BLOCK_T"])
+    waste = tile_keys(problem, config) / problem.nsa.window_size * c.block_g(problem, config) / problem.group_size
     keys = c.num_tokens(problem, "seq_k") * problem.num_kv_heads * width
     return Cost(
         flops=flops,
@@ -59,15 +76,30 @@ SPEC = KernelSpec(
         *c.TILE_PARAMS,
         c.USE_TMA,
         c.SPLIT_MASK,
+        Param(
+            "narrow_tail",
+            (False, True),
+            f"tiles of {TAIL_N} keys after the last whole one",
+            structural=True,
+            former=False,
+        ),
         c.NUM_WARPS,
         c.NUM_STAGES,
         c.MAXNREG,
     ),
-    constraints=c.TILE_CONSTRAINTS,
+    constraints=(
+        *c.TILE_CONSTRAINTS,
+        Constraint(
+            "a narrow tail follows the tiles that split_mask peels, and is narrower than they are",
+            lambda p, config: (
+                not config["narrow_tail"] or (bool(config["split_mask"]) and int(config["BLOCK_N"]) > TAIL_N)
+            ),
+        ),
+    ),
     rules=c.ATTENTION_RULES,
-    defaults=partial(c.range_defaults, split_mask=False),
+    defaults=defaults,
     cost=cost,
-    structure=c.attention_structure,
+    structure=structure,
     constants=constants,
     reference=run_reference,
     cases=c.small_cases(),
