@@ -1,0 +1,106 @@
+"""Keep shipped winners whose template changed but not what it renders for them: python scripts/restamp_winners.py
+
+A winner's readable source lies in kernels_generated/winners/<arch>. Where the present template, with the former values
+of parameters that came since, renders the same code, the row of tuning_db/<arch>.jsonl gets the present digest and the
+source is written anew. Where one renders other code, its table stays as it is: it has to be measured again.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from nsa_autotune.codegen.golden import WINNERS_DIR, write_winner
+from nsa_autotune.codegen.render import render, template_digest
+from nsa_autotune.db import TuningStore, WinnerRecord
+from nsa_autotune.kernels import all_specs
+from nsa_autotune.spec import KernelSpec, Problem
+
+TUNING_DB = Path(__file__).resolve().parents[1] / "tuning_db"
+
+
+def code_of(source: str) -> str:
+    """What a source does: its syntax tree without the head and without CONFIG."""
+    tree = ast.parse(source)
+    tree.body = [node for node in tree.body if not (_is_text(node) or _is_told(node))]
+    return ast.dump(tree)
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def _is_told(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Assign) and [getattr(t, "id", "") for t in node.targets] == ["CONFIG"]
+
+
+def head_of(source: str) -> dict[str, str]:
+    """The lines `name: value` of a source's head."""
+    lines = (ast.get_docstring(ast.parse(source)) or "").splitlines()
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines) if value}
+
+
+def restamped(winner: WinnerRecord, spec: KernelSpec, sources: list[str]) -> WinnerRecord | None:
+    """The winner under the present template, or None if that renders other code than one of the sources for it."""
+    config, problem = spec.completed(winner.config), Problem.from_dict(winner.problem)
+    if spec.broken_constraint(problem, config) is not None:
+        return None
+    wanted = code_of(render(spec, problem, config).source)
+    for source in sources:
+        head = head_of(source)
+        measured = (head.get("template digest"), json.loads(head.get("config", "null")))
+        if measured == (winner.template_digest, winner.config) and code_of(source) == wanted:
+            default = winner.default_config and spec.completed(winner.default_config)
+            rivals = tuple({**rival, "config": spec.completed(rival["config"])} for rival in winner.rivals)
+            changes = {"config": config, "default_config": default, "rivals": rivals}
+            return replace(winner, template_digest=template_digest(spec), **changes)
+    return None
+
+
+def restamp(table: Path, folder: Path) -> tuple[int, list[str]]:
+    """Rewrite a table and its sources; how many winners were restamped, and what became of the others."""
+    with TuningStore("sqlite://", import_shipped=False) as old, TuningStore("sqlite://", import_shipped=False) as new:
+        old.import_jsonl(table, source=None)
+        kept, lost = [], []
+        count = 0
+        for winner in old.winners():
+            spec = all_specs()[winner.family]
+            if winner.template_digest != template_digest(spec):
+                sources = [path.read_text(encoding="utf-8") for path in sorted(folder.glob(f"{winner.family}__*.py"))]
+                found = restamped(winner, spec, sources)
+                if found is None:
+                    lost.append(f"{winner.family} on {winner.fingerprint['gpu']}: {winner.problem_key}")
+                    continue
+                winner, count = found, count + 1
+            kept.append(winner)
+        if lost:
+            return 0, lost
+        for winner in kept:
+            new.set_winner(winner)
+        new.export_jsonl(table, records=("winner",))
+    for path in folder.glob("*.py"):
+        path.unlink()
+    for winner in kept:
+        write_winner(
+            all_specs()[winner.family], Problem.from_dict(winner.problem), winner.config, folder.name, folder.parent
+        )
+    return count, []
+
+
+def main() -> int:
+    """All tables; 1 if a winner has other code now: then its table is left as it is."""
+    code = 0
+    for table in sorted(TUNING_DB.glob("*.jsonl")):
+        count, lost = restamp(table, WINNERS_DIR / table.stem)
+        for line in lost:
+            print(f"other code than was measured: {line}", file=sys.stderr)
+        print(f"{table.name}: {count} winners restamped" if not lost else f"{table.name}: left as it is")
+        code |= bool(lost)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
