@@ -84,11 +84,12 @@ def test_a_slow_problem_is_not_blamed_on_its_configs() -> None:
     assert len(slow) > 8 and np.ptp(errors_of(fit(SPEC, slow + rest), by_law(NEW))) < 0.5
 
 
-def test_chance_teaches_nothing_and_the_plain_model_stays() -> None:
-    """Times that are the model's but for noise: no correction orders a problem left out any better."""
+@pytest.mark.parametrize("seed", range(3))
+def test_chance_teaches_nothing_and_the_plain_model_stays(seed: int) -> None:
+    """Times that are the model's but for noise of 0.2 %: what a correction gains by chance is too little to use it."""
 
     def noisy(record: TrialRecord) -> TrialRecord:
-        chance = random.Random(f"{config_key(record.config)} {record.problem['seq_k']}").gauss(0, 0.2)
+        chance = random.Random(f"{seed} {config_key(record.config)} {record.problem['seq_k']}").gauss(0, 0.002)
         return replace(record, median_us=(record.median_us or 0.0) * math.exp(chance))
 
     correction = fit(SPEC, [noisy(record) for problem in PROBLEMS for record in by_law(problem, exponent=0.0)])
