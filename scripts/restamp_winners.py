@@ -13,13 +13,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from nsa_autotune.codegen.golden import WINNERS_DIR, write_winner
+from ship_winners import TUNING_DB, write_shipped
+
+from nsa_autotune.codegen.golden import WINNERS_DIR
 from nsa_autotune.codegen.render import render, template_digest
 from nsa_autotune.db import TuningStore, WinnerRecord
 from nsa_autotune.kernels import all_specs
+from nsa_autotune.search.drift import completed_winner
 from nsa_autotune.spec import KernelSpec, Problem
-
-TUNING_DB = Path(__file__).resolve().parents[1] / "tuning_db"
 
 
 def code_of(source: str) -> str:
@@ -45,48 +46,39 @@ def head_of(source: str) -> dict[str, str]:
 
 def restamped(winner: WinnerRecord, spec: KernelSpec, sources: list[str]) -> WinnerRecord | None:
     """The winner under the present template, or None if that renders other code than one of the sources for it."""
-    config, problem = spec.completed(winner.config), Problem.from_dict(winner.problem)
-    if spec.broken_constraint(problem, config) is not None:
+    now, problem = completed_winner(winner, spec), Problem.from_dict(winner.problem)
+    if spec.broken_constraint(problem, now.config) is not None:
         return None
-    wanted = code_of(render(spec, problem, config).source)
+    wanted = code_of(render(spec, problem, now.config).source)
     for source in sources:
         head = head_of(source)
         measured = (head.get("template digest"), json.loads(head.get("config", "null")))
         if measured == (winner.template_digest, winner.config) and code_of(source) == wanted:
-            default = winner.default_config and spec.completed(winner.default_config)
-            rivals = tuple({**rival, "config": spec.completed(rival["config"])} for rival in winner.rivals)
-            changes = {"config": config, "default_config": default, "rivals": rivals}
-            return replace(winner, template_digest=template_digest(spec), **changes)
+            return replace(now, template_digest=template_digest(spec))
     return None
 
 
 def restamp(table: Path, folder: Path) -> tuple[int, list[str]]:
-    """Rewrite a table and its sources; how many winners were restamped, and what became of the others."""
-    with TuningStore("sqlite://", import_shipped=False) as old, TuningStore("sqlite://", import_shipped=False) as new:
-        old.import_jsonl(table, source=None)
-        kept, lost = [], []
-        count = 0
-        for winner in old.winners():
-            spec = all_specs()[winner.family]
-            if winner.template_digest != template_digest(spec):
-                sources = [path.read_text(encoding="utf-8") for path in sorted(folder.glob(f"{winner.family}__*.py"))]
-                found = restamped(winner, spec, sources)
-                if found is None:
-                    lost.append(f"{winner.family} on {winner.fingerprint['gpu']}: {winner.problem_key}")
-                    continue
-                winner, count = found, count + 1
+    """Rewrite a table and its sources if no winner is lost; how many were restamped, and those that would be lost."""
+    with TuningStore("sqlite://", import_shipped=False) as store:
+        store.import_jsonl(table, source=None)
+        winners = store.winners()
+    kept, lost, count = [], [], 0
+    for winner in winners:
+        spec = all_specs()[winner.family]
+        if winner.template_digest == template_digest(spec):
             kept.append(winner)
-        if lost:
-            return 0, lost
-        for winner in kept:
-            new.set_winner(winner)
-        new.export_jsonl(table, records=("winner",))
-    for path in folder.glob("*.py"):
-        path.unlink()
-    for winner in kept:
-        write_winner(
-            all_specs()[winner.family], Problem.from_dict(winner.problem), winner.config, folder.name, folder.parent
-        )
+            continue
+        sources = [path.read_text(encoding="utf-8") for path in sorted(folder.glob(f"{winner.family}__*.py"))]
+        found = restamped(winner, spec, sources)
+        if found is None:
+            lost.append(f"{winner.family} on {winner.fingerprint['gpu']}: {winner.problem_key}")
+        else:
+            kept.append(found)
+            count += 1
+    if lost:
+        return 0, lost
+    write_shipped(kept, table, folder)
     return count, []
 
 

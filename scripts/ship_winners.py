@@ -48,6 +48,19 @@ def shipped_of_others(path: Path, gpu: str) -> list[WinnerRecord]:
         return [winner for winner in current_winners(shipped, None, 0) if winner.fingerprint["gpu"] != gpu]
 
 
+def write_shipped(winners: list[WinnerRecord], table: Path, folder: Path) -> None:
+    """Replace an architecture's table, and the sources in its folder."""
+    with TuningStore("sqlite://", import_shipped=False) as only:
+        for winner in winners:
+            only.set_winner(winner)
+        only.export_jsonl(table, records=("winner",))
+    for old in folder.glob("*.py"):
+        old.unlink()
+    for winner in winners:
+        spec, problem = all_specs()[winner.family], Problem.from_dict(winner.problem)
+        write_winner(spec, problem, winner.config, folder.name, folder.parent)
+
+
 def main() -> int:
     """Write the files and say how many winners they hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -65,15 +78,7 @@ def main() -> int:
         return 1
     arch = f"sm_{winners[0].fingerprint['capability'].replace('.', '')}"
     everything = [*winners, *shipped_of_others(TUNING_DB / f"{arch}.jsonl", arguments.gpu)]
-    with TuningStore("sqlite://", import_shipped=False) as only:
-        for winner in everything:
-            only.set_winner(winner)
-        only.export_jsonl(TUNING_DB / f"{arch}.jsonl", records=("winner",))
-    for old in (WINNERS_DIR / arch).glob("*.py"):
-        old.unlink()
-    for winner in everything:
-        spec, problem = all_specs()[winner.family], Problem.from_dict(winner.problem)
-        write_winner(spec, problem, winner.config, arch)
+    write_shipped(everything, TUNING_DB / f"{arch}.jsonl", WINNERS_DIR / arch)
     print(f"{len(winners)} winners of {arguments.gpu}, {len(everything) - len(winners)} of other GPUs")
     print(f"tuning_db/{arch}.jsonl, sources in {WINNERS_DIR / arch}")
     return 0

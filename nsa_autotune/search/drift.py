@@ -69,14 +69,15 @@ def stale_winners(
     for members in groups.values():
         if all(changed_fields(winner, here, digests) for winner in members):
             best = max(members, key=lambda w: (w.template_digest == digests.get(w.family), w.created))
-            found.append(Stale(_completed(best, specs[best.family]), changed_fields(best, here, digests)))
+            found.append(Stale(completed_winner(best, specs[best.family]), changed_fields(best, here, digests)))
     return sorted(found, key=lambda stale: stale.winner.created, reverse=True)
 
 
-def _completed(winner: WinnerRecord, spec: KernelSpec) -> WinnerRecord:
+def completed_winner(winner: WinnerRecord, spec: KernelSpec) -> WinnerRecord:
     """The winner as it would have been stored with the parameters that came since."""
     rivals = tuple({**rival, "config": spec.completed(rival["config"])} for rival in winner.rivals)
-    return replace(winner, config=spec.completed(winner.config), rivals=rivals)
+    default = winner.default_config and spec.completed(winner.default_config)
+    return replace(winner, config=spec.completed(winner.config), default_config=default, rivals=rivals)
 
 
 def changed_fields(winner: WinnerRecord, here: Mapping[str, str], digests: Mapping[str, str]) -> tuple[str, ...]:

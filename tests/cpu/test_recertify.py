@@ -510,6 +510,7 @@ def test_a_winner_from_before_a_parameter_carries_over_with_its_former_value(sto
     store.set_winner(old)
     (stale,) = stale_winners([old], HERE, {SPEC.family: late}, {SPEC.family: NEW_TEMPLATE})
     assert stale.winner.config == {**warps(2), "late": False} == late.completed(warps(2))
+    assert stale.winner.default_config == late.default_config(PROBLEM)  # by which both races are compared
     assert candidates(stale, late, []) == [{**config, "late": False} for config in (warps(2), warps(8), DEFAULT)]
     assert late.completed({**warps(2), "late": True})["late"] is True
     task = Task(late, PROBLEM, HERE, NEW_TEMPLATE)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from nsa_autotune.codegen.render import render, template_digest
 from nsa_autotune.db import TuningStore
 from nsa_autotune.kernels import get_spec
 from nsa_autotune.spec import Problem
 
-ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
-def test_only_the_code_that_was_measured_is_restamped() -> None:
-    found = importlib.util.spec_from_file_location("restamp_winners", ROOT / "scripts" / "restamp_winners.py")
-    assert found is not None and found.loader is not None
-    script = importlib.util.module_from_spec(found)
-    found.loader.exec_module(script)
+def test_only_the_code_that_was_measured_is_restamped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    script = importlib.import_module("restamp_winners")
     spec = get_spec("win_attn_fwd")
     with TuningStore("sqlite://") as store:
         now = store.winners(family="win_attn_fwd")[0]
