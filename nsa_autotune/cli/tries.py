@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..codegen.files import numbered_lines
 from ..errors import InvalidInput, UnknownName
 from ..kernels import get_spec
 from ..spec import Config, KernelSpec, Problem
@@ -19,12 +20,7 @@ Tries = tuple[tuple[str, Config], ...]  # family and config, which may leave par
 
 def read_tries(path: Path) -> Tries:
     """The lines of a file, in its order; raises InvalidInput with the line of a mistake."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        values = {"--try": str(path), "reason": str(error)}
-        raise InvalidInput("configs to try are read from a text file", values, REMEDY) from error
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    numbered = numbered_lines(path, "--try", "configs to try are read from a text file", REMEDY)
     return tuple(_parse(line, {"--try": str(path), "line": number}) for number, line in numbered)
 
 

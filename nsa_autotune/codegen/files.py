@@ -1,10 +1,12 @@
-"""Files that readers see whole or not at all."""
+"""Text files: written so that readers see them whole or not at all, and read with the numbers of their lines."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from pathlib import Path
+
+from ..errors import InvalidInput
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -20,3 +22,15 @@ def write_atomic(path: Path, text: str) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def numbered_lines(path: str | Path, name: str, rule: str, remedy: str) -> list[tuple[int, str]]:
+    """The lines of a text file that are not blank, each with its number from 1 on.
+
+    Raises InvalidInput with the rule if the file, which the message calls `name`, cannot be read.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(rule, {name: str(path), "reason": str(error)}, remedy) from error
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]

@@ -50,12 +50,12 @@ def ensure_schema(engine: Engine, location: Location, *, read_only: bool) -> Non
         lock_setup(connection)
         revision = current_revision(connection)
         _check_known(revision, location)  # another process may have migrated while we waited
-        is_older = revision is not None and revision != head_revision()
-        copy = back_up(location.path, revision) if is_older and revision and location.path is not None else None
+        older = revision if revision != head_revision() else None
+        copy = back_up(location.path, older) if older is not None and location.path is not None else None
         upgrade(connection)
-    if is_older:
+    if older is not None:
         kept = f"; {copy.name} beside it is how it was" if copy is not None else ""
-        logger.warning("%s: brought from schema %s to %s%s", location, revision, head_revision(), kept)
+        logger.warning("%s: brought from schema %s to %s%s", location, older, head_revision(), kept)
 
 
 def back_up(path: Path, revision: str) -> Path:

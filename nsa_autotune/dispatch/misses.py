@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..codegen.files import write_atomic
+from ..codegen.files import numbered_lines, write_atomic
 from ..errors import InvalidInput, NSAError, UnknownName
 from ..kernels import get_spec
 from ..spec import KernelSpec, Problem, canonical_json
@@ -69,14 +69,8 @@ class Misses:
 
 def read_misses(path: str | Path) -> list[tuple[KernelSpec, Problem]]:
     """Families and problems of an exported file, in its order; raises InvalidInput with the line of a mistake."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        remedy = "Write one with nsa_autotune.export_misses(path)."
-        raise InvalidInput(
-            "misses are read from a text file", {"file": str(path), "reason": str(error)}, remedy
-        ) from error
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    remedy = "Write one with nsa_autotune.export_misses(path)."
+    numbered = numbered_lines(path, "file", "misses are read from a text file", remedy)
     return [_parse(line, {"file": str(path), "line": number}) for number, line in numbered]
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,12 +17,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 def speedup(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, as a module."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("speedup", BENCHMARKS / "speedup.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "speedup", module)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("speedup")
 
 
 def row(work: str, tokens: int, gains: Any, **problem: Any) -> dict[str, Any]:
