@@ -19,6 +19,7 @@ from .ladder import Choice, Step, Winner, choose, choose_predicted
 from .misses import Misses
 from .self_test import require_prepared_launches
 from .sources import default_kernels
+from .triton_launch import FIRST_LAUNCHES
 from .variant import KernelSource, Serve, Variant, WinnerSource
 
 logger = logging.getLogger(__name__.partition(".")[0])
@@ -74,19 +75,26 @@ class Dispatcher:
         """Itself: copies of a module share what is compiled, and the connection to the database."""
         return self
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A saved module keeps where winners and kernels come from; what is compiled, and its number, are made anew."""
+        return partial(Dispatcher, strict=self.strict, **self._options()), (self._source,)
+
+    def _options(self) -> dict[str, Any]:
+        """What it was made with, but for the source and strict."""
+        return {
+            "locality": self.locality,
+            "policy": self.policy,
+            "fingerprint": self._fingerprint,
+            "trusted": self._trusted,
+            "kernels": self._kernels,
+        }
+
     def stricter(self) -> Dispatcher:
         """This dispatcher if it is strict, else its strict twin, which keeps plans of its own."""
         if self.strict:
             return self
         if self._strict_twin is None:
-            how: dict[str, Any] = {
-                "locality": self.locality,
-                "policy": self.policy,
-                "fingerprint": self._fingerprint,
-                "trusted": self._trusted,
-                "kernels": self._kernels,
-            }
-            self._strict_twin = Dispatcher(self._source, strict=True, **how)
+            self._strict_twin = Dispatcher(self._source, strict=True, **self._options())
             self._strict_twin.misses, self._strict_twin.ordinary = self.misses, self.ordinary
         return self._strict_twin
 
@@ -111,9 +119,12 @@ class Dispatcher:
         """
         serve = self._plans.get(shape)
         if serve is None:
-            self._plans[shape] = self._first_launch(spec, problem(), device, tensors)
-        else:
-            serve(tensors)
+            with FIRST_LAUNCHES:
+                serve = self._plans.get(shape)  # another thread may have been the first
+                if serve is None:
+                    self._plans[shape] = self._first_launch(spec, problem(), device, tensors)
+                    return
+        serve(tensors)
 
     def _first_launch(self, spec: KernelSpec, problem: Problem, device: Any, tensors: dict[str, Any]) -> Serve:
         choice = self.choose(spec, problem, device)

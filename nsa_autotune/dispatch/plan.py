@@ -195,13 +195,16 @@ class PreparedLaunch:
                 for plan in self._plans:
                     if plan(arguments):
                         return
-            self._without_plan(arguments)
+            with triton_launch.FIRST_LAUNCHES:
+                self._without_plan(arguments)
         except torch.OutOfMemoryError:
             raise  # the caller's to mend: no other config would need less
         except Exception as error:
             raise self._explained(error) from error
 
     def _without_plan(self, arguments: Mapping[str, Any]) -> None:
+        if not self._hooked() and any(plan(arguments) for plan in self._plans):
+            return  # another thread made it meanwhile
         try:
             self._check(arguments)
         except CannotPrepareError as error:

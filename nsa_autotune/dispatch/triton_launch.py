@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
 OLDEST, NEWEST, FLAT_UNTIL = (3, 6), (3, 9), (3, 6)
+FIRST_LAUNCHES = threading.RLock()  # side by side, ast.parse of Python 3.11 fails, so compiling does
 MAPS_KEPT = 64  # tensor maps a kernel argument remembers, one an address; each is 128 bytes
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 import traceback
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -275,25 +276,55 @@ def check_a_failing_first_launch_prepares_nothing(driver: Any) -> None:
         driver.take()
 
 
+def at_once(work: Callable[[Any], None], items: list[Any]) -> None:
+    """A thread for each item; raises what one of them raised."""
+    with ThreadPoolExecutor(len(items)) as threads:
+        list(threads.map(work, items))
+
+
 def check_threads_do_not_mix_their_tensors(driver: Any) -> None:
-    _, served, _ = prepare("slc_attn_fwd", loop_order="union", BLOCK_T=4)
+    _, served, ordinary = prepare("slc_attn_fwd", loop_order="union", BLOCK_T=4)
     batches = [arguments_of("slc_attn_fwd") for _ in range(4)]
 
     def work(given: dict[str, Any]) -> None:
         for _ in range(50):
             served(given)
 
-    threads = [threading.Thread(target=work, args=[given]) for given in batches]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(work, batches)
+    assert len(served._plans) == 1 and not ordinary, ordinary
     places = {given[name].data_ptr(): n for n, given in enumerate(batches) for name in ("q", "k", "v", "o", "lse")}
     launches = driver.take()
-    assert len(launches) == 400
+    assert len(launches) == 400, len(launches)
     for launch in launches:
         owners = {places[x] for x in _numbers(launch) if x in places}
         assert len(owners) <= 1, owners
+
+
+def check_threads_wait_until_a_kernel_is_loaded(driver: Any) -> None:
+    """Triton by itself lets a second thread load it again, over the first one's handles."""
+    _, served, ordinary = prepare("gate_sum_fwd", num_warps=8)
+
+    def work(number: int) -> None:
+        assert number == 0 or driver.loading.wait(60)
+        served(arguments_of("gate_sum_fwd"))
+
+    driver.loading.clear()
+    driver.loads, driver.loads_in = 0, 0.2  # seconds
+    try:
+        at_once(work, [0, 1, 2])
+    finally:
+        driver.loads_in = 0.0
+    assert driver.loads == 1, driver.loads
+    assert len(driver.take()) == 3 and len(served._plans) == 1 and not ordinary, ordinary
+
+
+def check_threads_load_a_shape_once(driver: Any) -> None:
+    dispatcher = Dispatcher(None, fingerprint=for_target("cuda:90"), trusted=trust)
+    spec, batches = get_spec("gate_sum_fwd"), [arguments_of("gate_sum_fwd") for _ in range(4)]
+    at_once(lambda given: dispatcher.launch(spec, "shape", lambda: PROBLEM, "cuda:0", given), batches)
+    assert sum(dispatcher.stats.values()) == 1, dispatcher.stats
+    (miss,) = dispatcher.misses.most_asked()
+    assert miss.count == 4 and len(driver.take()) == 4
 
 
 def _numbers(value: Any) -> list[int]:

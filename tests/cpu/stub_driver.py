@@ -6,6 +6,7 @@ To be imported where Triton compiles, that is in a process without TRITON_INTERP
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +27,9 @@ class StubDriver:
     device: int = 0
     stream: int = 0
     fails: str = ""
+    loads: int = 0  # binaries
+    loads_in: float = 0.0  # seconds that a binary takes
+    loading: threading.Event = field(default_factory=threading.Event)  # set when one begins to
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     launcher_cls = nvidia.CudaLauncher
@@ -35,7 +39,7 @@ class StubDriver:
         return SimpleNamespace(
             launch=self.launch,
             build_signature_metadata=tuple,
-            load_binary=lambda name, *rest: (1, hash(name) & 0xFFFF, 32, 0, 1024),
+            load_binary=self.load_binary,
             unload_module=lambda module: None,
             get_device_properties=lambda device: {"max_shared_mem": 232_448},
             fill_tma_descriptor=self.tensor_map,
@@ -48,6 +52,13 @@ class StubDriver:
             raise RuntimeError(self.fails)
         with self.lock:
             self.launches.append(arguments)
+
+    def load_binary(self, name: str, *rest: Any) -> tuple[int, int, int, int, int]:
+        """A module, a function, registers, spills and the most threads."""
+        self.loads += 1
+        self.loading.set()
+        time.sleep(self.loads_in)
+        return 1, 1 + hash(name) % 0xFFFF, 32, 0, 1024
 
     @staticmethod
     def tensor_map(address: int, *rest: Any) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nsa_autotune import NativeSparseAttention, ops
-from nsa_autotune.dispatch.dispatcher import Dispatcher
+from nsa_autotune.dispatch.dispatcher import Dispatcher, by_number
 from nsa_autotune.errors import InvalidInput
 from nsa_autotune.ops import library, whole
 
@@ -209,3 +210,17 @@ def test_a_copied_module_shares_its_dispatcher() -> None:
     second = copy.deepcopy(first)
     assert second.dispatcher is first.dispatcher
     second(given("batched")[0]).sum().backward()
+
+
+def test_a_saved_module_has_a_dispatcher_of_its_own() -> None:
+    """Its number is one of the process that loads it, and what it launched before is no hindrance."""
+    first = module(dispatcher=Dispatcher(None, locality=0.5))
+    wanted = first(given("batched")[0])
+    wanted.sum().backward()
+    saved = io.BytesIO()
+    torch.save(first, saved)
+    saved.seek(0)
+    second = torch.load(saved, weights_only=False)
+    assert second.dispatcher is by_number(second.dispatcher.number) is not first.dispatcher
+    assert second.dispatcher.locality == 0.5 and not second.dispatcher.strict
+    assert torch.equal(second(given("batched")[0]), wanted)
