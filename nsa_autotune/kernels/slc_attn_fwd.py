@@ -7,13 +7,20 @@ from typing import TYPE_CHECKING, Any
 from ..config import NSAConfig
 from ..spec import ELEMENT_BYTES, Argument, Config, Constraint, Cost, KernelSpec, Param, Problem, Value
 from . import _common as c
+from . import _key_major as k
 from ._lazy import reference
 
 if TYPE_CHECKING:
     from ..layout import PackedLayout
 
-BLOCK_T = (1, 2, 4, 8, 16, 32)
-TOKENS = {"query_major": BLOCK_T[:1], "union": BLOCK_T[1:], "pair": (2,), "quad": (4,)}  # a tile's, by loop order
+BLOCK_T = (1, 2, 4, 8, 16, 32, 64, 128)
+TOKENS = {  # a tile's, by loop order; a union has a bit a token
+    "query_major": BLOCK_T[:1],
+    "union": BLOCK_T[1:6],
+    "pair": (2,),
+    "quad": (4,),
+    k.ORDER: BLOCK_T,
+}
 SHARED_FIRST = ("pair", "quad")
 WIDE_GROUP = Problem(  # the group that pair and quad need, with blocks that only some tokens of a tile chose
     seq_q=70,
@@ -53,6 +60,7 @@ def defaults(problem: Problem) -> Config:
         "swap": False,
         "use_tma": False,
         "carry": False,
+        **k.defaults(),
         "num_warps": 4 if wide or problem.group_size > 16 else 2,
         "num_stages": 2,
         "maxnreg": 0,
@@ -79,12 +87,13 @@ def cost(problem: Problem, config: Config) -> Cost:
     reads = tile_blocks(problem, config) / min(nsa.num_selected, nsa.num_select_blocks(problem.seq_k))
     waste = 1.0 if config["loop_order"] in SHARED_FIRST else reads
     keys = c.num_tokens(problem, "seq_k") * problem.num_kv_heads * width
-    return Cost(
+    found = Cost(
         flops=flops,
         bytes_moved=size * (tokens * problem.num_q_heads * width + keys) + 4 * tokens * problem.num_q_heads,
         on_chip_bytes=seen * reads / block_t * problem.num_kv_heads * width * size,
         mma_flops=flops * waste * c.block_g(problem, config) / problem.group_size,
     )
+    return k.work(problem, config, found, problem.d_qk, problem.d_v) if k.is_on(config) else found
 
 
 def run_reference(
@@ -118,7 +127,7 @@ SPEC = KernelSpec(
         Param(
             "loop_order",
             tuple(TOKENS),
-            "one token a tile; the union of adjacent ones; or 2 or 4, what all chose first, then the rest one by one",
+            "one token a tile; the union of adjacent ones; 2 or 4, what all chose first; or a block and who chose it",
             structural=True,
         ),
         Param("BLOCK_T", BLOCK_T, "query tokens a tile"),
@@ -126,6 +135,8 @@ SPEC = KernelSpec(
         c.SWAP,
         c.USE_TMA,
         Param("carry", (False, True), "load the next block one step ahead", structural=True, former=False),
+        k.CHUNK,
+        k.NUM_RUNS,
         Param("num_warps", (1, 2, 4, 8), "warps of a program", reserve=(16,)),
         c.NUM_STAGES,
         c.MAXNREG,
@@ -133,7 +144,7 @@ SPEC = KernelSpec(
     constraints=(
         *c.TILE_CONSTRAINTS,
         Constraint(
-            "query_major takes one token a tile, union two or more, pair two and quad four",
+            "query_major takes one token a tile, union 2 to 32, pair 2 and quad 4",
             lambda p, config: int(config["BLOCK_T"]) in TOKENS[str(config["loop_order"])],
         ),
         Constraint(
@@ -141,9 +152,10 @@ SPEC = KernelSpec(
             lambda p, config: config["loop_order"] not in SHARED_FIRST or c.next_power_of_2(p.group_size) >= 16,
         ),
         Constraint(
-            "pair and quad hold their lists in registers: there is no load to carry",
-            lambda p, config: config["loop_order"] not in SHARED_FIRST or not config["carry"],
+            "pair and quad hold their lists in registers, and key_major carries in any case: nothing to switch",
+            lambda p, config: config["loop_order"] in ("query_major", "union") or not config["carry"],
         ),
+        *k.constraints("d_v", 1),
         Constraint(
             "BLOCK_N must divide select_block_size (l')",
             lambda p, config: p.nsa.select_block_size % int(config["BLOCK_N"]) == 0,
