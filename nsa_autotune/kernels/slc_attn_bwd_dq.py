@@ -8,6 +8,10 @@ from typing import Any
 from ..spec import Argument, Config, Constraint, Cost, KernelSpec, Param, Problem, Value
 from . import _backward as b
 from . import _common as c
+from . import _key_major as k
+
+BLOCK_T = (1, 2, 4, 8, 16, 32, 64, 128)
+TOKENS = {"query_major": BLOCK_T[:1], "union": BLOCK_T[1:6], k.ORDER: BLOCK_T}  # a tile's; a union has a bit a token
 
 
 def constants(problem: Problem, config: Config) -> dict[str, Value]:
@@ -34,6 +38,7 @@ def defaults(problem: Problem) -> Config:
         "BLOCK_N": min(problem.nsa.select_block_size, 32 if wide else 64),
         "swap": False,
         "use_tma": False,
+        **k.defaults(),
         "num_warps": 4,
         "num_stages": 2,
         "maxnreg": 0,
@@ -46,7 +51,9 @@ def cost(problem: Problem, config: Config) -> Cost:
     pairs = min(c.total_positions(problem), float(tokens) * nsa.num_selected * nsa.select_block_size)
     chosen = min(nsa.num_selected, nsa.num_select_blocks(problem.seq_k))
     waste = c.union_blocks(problem, int(config["BLOCK_T"])) / chosen
-    return b.dq_cost(problem, config, pairs, c.num_tokens(problem, "seq_k"), waste)
+    found = b.dq_cost(problem, config, pairs, c.num_tokens(problem, "seq_k"), waste)
+    read = problem.d_qk + problem.d_v
+    return k.work(problem, config, found, read, problem.d_qk) if k.is_on(config) else found
 
 
 SPEC = KernelSpec(
@@ -61,12 +68,17 @@ SPEC = KernelSpec(
     nsa_fields=("select_block_size", "num_selected"),
     params=(
         Param(
-            "loop_order", ("query_major", "union"), "one token a tile, or the union of adjacent tokens", structural=True
+            "loop_order",
+            tuple(TOKENS),
+            "one token a tile, the union of adjacent ones, or a block and who chose it",
+            structural=True,
         ),
-        Param("BLOCK_T", (1, 2, 4, 8, 16, 32), "query tokens a tile"),
+        Param("BLOCK_T", BLOCK_T, "query tokens a tile"),
         Param("BLOCK_N", (16, 32, 64, 128), "keys a tile"),
         replace(c.SWAP, former=False),
         c.USE_TMA,
+        k.CHUNK,
+        k.NUM_RUNS,
         Param("num_warps", (1, 2, 4, 8), "warps of a program", reserve=(16,)),
         c.NUM_STAGES,
         c.MAXNREG,
@@ -74,13 +86,14 @@ SPEC = KernelSpec(
     constraints=(
         *b.DQ_CONSTRAINTS,
         Constraint(
-            "query_major takes one token a tile, union two or more",
-            lambda p, config: (config["loop_order"] == "union") == (int(config["BLOCK_T"]) > 1),
+            "query_major takes one token a tile, union 2 to 32",
+            lambda p, config: int(config["BLOCK_T"]) in TOKENS[str(config["loop_order"])],
         ),
         Constraint(
             "BLOCK_N must divide select_block_size (l')",
             lambda p, config: p.nsa.select_block_size % int(config["BLOCK_N"]) == 0,
         ),
+        *k.constraints("d_qk", 2),
     ),
     rules=(*c.ATTENTION_RULES, *c.SELECTION_RULES),
     defaults=defaults,

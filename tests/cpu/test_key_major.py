@@ -16,7 +16,7 @@ from nsa_autotune.config import NSAConfig
 from nsa_autotune.kernels import get_spec
 from nsa_autotune.spec import Config, Problem
 
-FAMILIES = ("slc_attn_fwd",)
+FAMILIES = ("slc_attn_fwd", "slc_attn_bwd_dq")
 SMALL = NSAConfig(compress_block_size=16, compress_stride=8, select_block_size=16, num_selected=5, window_size=64)
 BASE = Problem(
     seq_q=38, seq_k=38, num_q_heads=2, num_kv_heads=2, d_qk=32, d_v=16, dtype="float16", locality=0.3, nsa=SMALL
