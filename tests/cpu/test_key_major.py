@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from nsa_autotune.bench.inputs import make_inputs
 from nsa_autotune.codegen.load import load
 from nsa_autotune.codegen.render import render
 from nsa_autotune.config import NSAConfig
+from nsa_autotune.gradients import attention_gradients
 from nsa_autotune.kernels import get_spec
 from nsa_autotune.spec import Config, Problem
 
@@ -65,3 +68,85 @@ def test_partial_results_of_blocks_make_the_whole(family: str, name: str) -> Non
 def test_runs_of_tokens_make_the_whole(family: str, name: str) -> None:
     """Lengths that four runs do not divide; the scratch is that of one run."""
     check(family, PROBLEMS[name], key_major(family, PROBLEMS[name], num_runs=4))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_block_that_all_chose_takes_several_programs(family: str) -> None:
+    """Block 0 of 290 tokens: two items of 256 entries, the last of which fills no whole tile."""
+    problem = BASE.replace(seq_q=290, seq_k=301, num_q_heads=1, num_kv_heads=1, d_qk=16, dtype="float32")
+    check(family, problem, key_major(family, problem, BLOCK_T=64))
+
+
+def dq_of(problem: Problem, tensors: dict[str, Any]) -> Any:
+    given = {name: tensors[name] for name in ("q", "k", "v", "do", "lse", "delta", "gate", "blocks")}
+    return attention_gradients("slc", **given, config=problem.nsa)["dq"]
+
+
+def test_dq_is_added_to_what_there_is_and_closed_gates_give_nothing() -> None:
+    """The gate is part of the exponent, and log 0 is not finite."""
+    spec, problem = get_spec("slc_attn_bwd_dq"), PROBLEMS["odd_group"]
+    module = load(render(spec, problem, key_major(spec.family, problem, num_runs=2)))
+    inputs = make_inputs(spec, problem, "cpu")
+    tensors: dict[str, Any] = inputs.tensors
+    tensors["gate"][:, ::2], tensors["delta"][:, ::2] = 0.0, 0.0  # delta = gate rowsum(do o)
+    tensors["dq"].fill_(2.0)
+    inputs.call(lambda **arguments: module.launch(**arguments, accumulate=True))
+    wanted = dq_of(problem, tensors)
+    assert wanted.abs().max() > 0.1 and not wanted[:, ::2].any()
+    torch.testing.assert_close(tensors["dq"] - 2.0, wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scratch_is_that_of_one_run(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Partial results are by far the most of it: 4 runs take a quarter."""
+    spec, problem, largest = get_spec(family), BASE, {}
+    for num_runs in (1, 4):
+        module, asked = load(render(spec, problem, key_major(family, problem, num_runs=num_runs))), []
+
+        def empty(size: int, made: list[int] = asked, **how: Any) -> torch.Tensor:
+            made.append(size)
+            return torch.empty(size, **how)
+
+        monkeypatch.setattr(module, "torch", SimpleNamespace(empty=empty, int32=torch.int32, float32=torch.float32))
+        make_inputs(spec, problem, "cpu").call(module.launch)
+        largest[num_runs] = max(asked)
+    tokens = {1: problem.seq_q, 4: -(-problem.seq_q // 4)}
+    width = problem.d_v if family == "slc_attn_fwd" else problem.d_qk
+    per_token = problem.num_q_heads * problem.nsa.num_selected * width
+    assert largest == {runs: rows * per_token for runs, rows in tokens.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_long_sequences_need_runs(family: str) -> None:
+    spec = get_spec(family)
+    for heads, least in ((4, 1), (32, 8), (64, 16)):
+        problem = Problem(seq_q=1 << 18, seq_k=1 << 18, num_q_heads=heads)
+        config = {**key_major(family, problem), "BLOCK_T": 64 // problem.group_size}
+        refused = [
+            runs for runs in (1, 2, 4, 8, 16, 32) if spec.broken_constraint(problem, {**config, "num_runs": runs})
+        ]
+        assert refused == [runs for runs in (1, 2, 4, 8, 16, 32) if runs < least]
+        assert least == 1 or "4 GiB" in str(reasons[least // 2])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_key_major_has_chunks_and_runs(family: str) -> None:
+    spec, problem = get_spec(family), Problem(num_q_heads=4)
+    default = spec.default_config(problem)
+    assert default["loop_order"] == "query_major"  # until the other is measured
+    assert spec.completed({name: default[name] for name in default if name not in ("CHUNK", "num_runs")}) == default
+    for change in ({"CHUNK": 256}, {"num_runs": 2}):
+        assert "for key_major" in str(spec.broken_constraint(problem, {**default, **change}))
+    config = {**key_major(family, problem), "BLOCK_T": 64}
+    assert spec.broken_constraint(problem, config) is None
+    assert "whole blocks" in str(spec.broken_constraint(problem, {**config, "BLOCK_N": 32}))
+    assert "no swap" in str(spec.broken_constraint(problem, {**config, "swap": True}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_small_groups_fill_the_rows_of_a_matrix_instruction(family: str) -> None:
+    spec, problem = get_spec(family), Problem(num_q_heads=4)
+    default = spec.default_config(problem)
+    costs = [spec.cost(problem, config) for config in (default, {**key_major(family, problem), "BLOCK_T": 64})]
+    assert costs[0].mma_flops / costs[1].mma_flops == 16 and costs[0].flops == costs[1].flops
+    assert costs[0].on_chip_bytes > 4 * costs[1].on_chip_bytes
