@@ -113,6 +113,7 @@ def check_scratch_and_two_kernels(driver: Any) -> None:
 
 def check_operators_between_kernels(driver: Any) -> None:
     same_as_tritons(driver, "slc_attn_bwd_dkv", 7)
+    same_as_tritons(driver, "slc_attn_fwd", 5, loop_order="key_major")
 
 
 def check_operators_see_the_callers_tensors(driver: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,9 @@ from cpu.watcher import watched
 
 from nsa_autotune.bench.accuracy import check_variant
 from nsa_autotune.bench.inputs import make_inputs
+from nsa_autotune.cli.tries import completed, read_tries
 from nsa_autotune.codegen.load import load
+from nsa_autotune.codegen.paths import CHECKOUT
 from nsa_autotune.codegen.render import render
 from nsa_autotune.config import NSAConfig
 from nsa_autotune.gradients import attention_gradients
@@ -148,3 +151,16 @@ def test_small_groups_fill_the_rows_of_a_matrix_instruction(family: str) -> None
     costs = [spec.cost(problem, config) for config in (default, {**key_major(family, problem), "BLOCK_T": 64})]
     assert costs[0].mma_flops / costs[1].mma_flops == 16 and costs[0].flops == costs[1].flops
     assert costs[0].on_chip_bytes > 4 * costs[1].on_chip_bytes
+
+
+@pytest.mark.parametrize(
+    "path", sorted((CHECKOUT / "benchmarks" / "tries").glob("small-groups-g*.jsonl")), ids=lambda p: p.stem
+)
+def test_configs_to_try_are_whole_and_legal(path: Path) -> None:
+    group, tries = int(path.stem.rpartition("g")[2]), read_tries(path)
+    tokens = 1 << (16 if group == 16 else 15)
+    problem = Problem(seq_q=tokens, seq_k=tokens, num_q_heads=4 * group, locality=0.0)
+    for family in FAMILIES:
+        given = [config for name, config in tries if name == family]
+        assert len(given) >= 3 and completed(get_spec(family), problem, tries) == given
+        assert all(set(config) == set(get_spec(family).default_config(problem)) for config in given)
