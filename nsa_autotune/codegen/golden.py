@@ -7,8 +7,8 @@ import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ..files import write_atomic
 from ..spec import Config, KernelSpec, Problem
-from .files import write_atomic
 from .load import source_path
 from .paths import CHECKOUT
 from .render import render

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ..errors import KernelError
-from .files import write_atomic
+from ..files import write_atomic
 from .linemap import Origin, explain_line
 from .paths import generated_dir
 from .render import Rendered

@@ -26,9 +26,9 @@ from .choice import Chosen, Kernel
 PACKAGE = Path(__file__).resolve().parents[1]
 PROVENANCE = "PROVENANCE.json"
 PAGED = ("paged", "paged_append")
-MODULES = ("errors", "config", "layout", "dense", "reference", *PAGED, "gradients", "spec")  # of the runtime
+MODULES = ("errors", "files", "config", "layout", "dense", "reference", *PAGED, "gradients", "spec")  # of the runtime
 NOT_COPIED = ("dispatch/sources.py",)  # the package has its own
-CODEGEN = ("codegen/__init__.py", "codegen/files.py", "codegen/shapes.py")  # what the runtime needs of codegen
+CODEGEN = ("codegen/__init__.py", "codegen/shapes.py")  # what the runtime needs of codegen
 
 NEEDED = ("torch", "triton", "nsa_autotune")
 OWN_NAME = "Choose a name of its own, such as nsa_tuned_h100."
