@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..config import NSAConfig
 from ..dispatch.dispatcher import Dispatcher, by_number
 from ..dispatch.sources import default_winners
+from ..errors import InvalidInput
 from ..layout import PackedLayout
 from ..spec import DEFAULT_LOCALITY, KernelSpec, Problem
 
@@ -58,8 +60,11 @@ def from_handle(handle: int, x: Tensor) -> Dispatcher | None:
 
 
 def scale_of(q: Tensor, scale: float | None) -> float:
-    """The factor of the scores: `scale`, or 1 / sqrt(D_QK)."""
-    return float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
+    """The factor of the scores: `scale`, or 1 / sqrt(D_QK); kernels may scale a row's maximum, so it is positive."""
+    factor = float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
+    if not 0.0 < factor < math.inf:
+        raise InvalidInput("scale must be positive and finite", {"scale": factor}, "Negate q instead of the scale.")
+    return factor
 
 
 def packing_of(layout: PackedLayout | None) -> int | None:

@@ -87,7 +87,7 @@ def switches(spec: KernelSpec, config: Config) -> str:
 
 
 def structures(problem: Problem) -> list[Any]:
-    """Every combination of the structural switches of every family."""
+    """Each two structural switches of every family with all values that they may take together."""
     found = []
     for family in TRAINING:
         spec = SPECS[family]

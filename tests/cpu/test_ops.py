@@ -229,6 +229,8 @@ BAD: list[tuple[str, Callable[[], dict[str, Any]], str]] = [
     ("nsa_attention", lambda: {"cu_seqlens_k": offsets(70)}, "cu_seqlens_k needs cu_seqlens"),
     ("nsa_attention", lambda: {"cu_seqlens": offsets(2)}, "Pass cu_seqlens only with packed tensors"),
     ("nsa_attention", lambda: {"k": torch.randn(2, 70, H, D_V)}, "k must have the head dim of q"),
+    ("nsa_attention", lambda: {"scale": -0.1}, "scale must be positive and finite"),
+    ("nsa_attention", lambda: {"scale": float("nan")}, "scale must be positive and finite"),
 ]
 
 
