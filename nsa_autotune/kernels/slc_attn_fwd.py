@@ -52,6 +52,7 @@ def defaults(problem: Problem) -> Config:
         "BLOCK_N": min(problem.nsa.select_block_size, 32 if wide else 64),
         "swap": False,
         "use_tma": False,
+        "split_mask": False,
         "lean_softmax": False,
         "carry": False,
         "num_warps": 4 if wide or problem.group_size > 16 else 2,
@@ -126,6 +127,7 @@ SPEC = KernelSpec(
         Param("BLOCK_N", (16, 32, 64, 128), "keys a tile"),
         c.SWAP,
         c.USE_TMA,
+        c.SPLIT_MASK,
         c.LEAN_SOFTMAX,
         Param("carry", (False, True), "load the next block one step ahead", structural=True, former=False),
         Param("num_warps", (1, 2, 4, 8), "warps of a program", reserve=(16,)),
@@ -145,6 +147,10 @@ SPEC = KernelSpec(
         Constraint(
             "pair and quad hold their lists in registers: there is no load to carry",
             lambda p, config: config["loop_order"] not in SHARED_FIRST or not config["carry"],
+        ),
+        Constraint(
+            "split_mask splits one list of blocks, which query_major and union have",
+            lambda p, config: config["loop_order"] in ("query_major", "union") or not config["split_mask"],
         ),
         Constraint(
             "BLOCK_N must divide select_block_size (l')",
