@@ -52,6 +52,8 @@ def defaults(problem: Problem) -> Config:
         "SLC_SPLITS": min(8, c.next_power_of_2(max(1, keys // 256)), c.next_power_of_2(nsa.num_selected)),
         "WIN_SPLITS": min(8, c.next_power_of_2(max(1, nsa.window_size // 256))),
         "finish": "ticket",
+        "carry_page": False,
+        "heads_first": False,
         "num_warps": 4,
         "num_stages": 2,
     }
@@ -117,6 +119,8 @@ SPEC = KernelSpec(
         Param("SLC_SPLITS", (1, 2, 4, 8, 16), "programs that share the selected blocks of a token"),
         Param("WIN_SPLITS", (1, 2, 4, 8), "programs that share the window of a token", reserve=(16,)),
         g.FINISH,
+        g.CARRY_PAGE,
+        g.HEADS_FIRST,
         c.NUM_WARPS,
         c.NUM_STAGES,
     ),
