@@ -53,7 +53,7 @@ def structure(problem: Problem, config: Config) -> dict[str, Any]:
     """Structural switches; `overlap`: windows reach into the next selection block, `exact_n`: n are kept."""
     exact = problem.nsa.num_selected == slots(problem)
     shared = g.structure(problem, config)
-    return {**shared, "overlap": span(problem) > 1, "exact_n": exact, "finish_warps": config["finish_warps"]}
+    return {**shared, "overlap": span(problem) > 1, "exact_n": exact}
 
 
 def defaults(problem: Problem) -> Config:
