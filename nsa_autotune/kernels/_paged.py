@@ -65,6 +65,10 @@ def tiles_fit(problem: Problem, config: Config) -> bool:
     return size * held <= c.SHARED_LIMIT_BYTES
 
 
+HEADS_SHARE = Constraint(
+    "heads_first needs two kv heads or more: one has none beside it",
+    lambda p, x: p.num_kv_heads > 1 or not x["heads_first"],
+)
 TILES_FIT = Constraint("pipelined key and value tiles must fit in 227 KiB of shared memory", tiles_fit)
 
 

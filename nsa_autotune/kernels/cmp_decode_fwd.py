@@ -171,6 +171,7 @@ SPEC = KernelSpec(
         ),
         Constraint("accumulators and scores must fit in 240 registers a thread", _scores_fit),
         Constraint("masses that are added up at once must fit in 120 registers a thread", _candidates_fit),
+        g.HEADS_SHARE,
         g.TILES_FIT,
     ),
     rules=(

@@ -134,6 +134,7 @@ SPEC = KernelSpec(
             lambda p, x: int(x["SLC_SPLITS"]) <= c.next_power_of_2(p.nsa.num_selected),
         ),
         Constraint("accumulators and scores must fit in 240 registers a thread", _fits),
+        g.HEADS_SHARE,
         g.TILES_FIT,
     ),
     rules=g.RULES,

@@ -117,6 +117,8 @@ def test_kv_heads_that_share_pages_start_side_by_side(family: str) -> None:
     for first, begins in ((False, 0), (True, 2)):
         config = {**spec.default_config(STEP), "heads_first": first, "finish": "kernel"}
         assert render(spec, STEP, config).source.count("grid=(num_heads, ") == begins
+    alone = STEP.replace(num_kv_heads=1)
+    assert "heads_first" in (spec.broken_constraint(alone, {**spec.default_config(alone), "heads_first": True}) or "")
 
 
 def test_the_second_kernel_has_warps_of_its_own() -> None:
