@@ -40,6 +40,20 @@ def test_a_partial_config_is_filled_up_from_the_default(tmp_path: Path) -> None:
     assert completed(get_spec("slc_attn_fwd"), PROBLEM, tries) == []
 
 
+STEPS = [Problem(batch=batch, seq_q=1, seq_k=length, layout="paged") for batch, length in ((64, 8192), (1, 65536))]
+LONG = [Problem(seq_q=65536, seq_k=65536)]
+
+
+@pytest.mark.parametrize(("file", "problems"), [("decode", STEPS), ("forward", LONG)])
+def test_the_configs_of_the_benchmarks_are_whole_and_legal(file: str, problems: list[Problem]) -> None:
+    tries = read_tries(Path(__file__).parents[2] / "benchmarks" / "tries" / f"{file}.jsonl")
+    assert tries
+    for family, config in tries:
+        spec = get_spec(family)
+        assert set(config) == {param.name for param in spec.params}
+        assert [spec.broken_constraint(problem, config) for problem in problems] == [None] * len(problems)
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
