@@ -47,6 +47,9 @@ def export_misses(path: str | Path) -> int:
 
 def handle_of(dispatcher: Dispatcher | None, strict: bool = False) -> int:
     """A number for an operator's argument: twice the dispatcher's own (0 for the default one), plus `strict`."""
+    if dispatcher is not None and not isinstance(dispatcher, Dispatcher):
+        values = {"dispatcher": type(dispatcher).__name__}
+        raise InvalidInput("dispatcher must be a Dispatcher, or None for the default one", values)
     return 2 * (0 if dispatcher is None else dispatcher.number) + strict
 
 
