@@ -16,7 +16,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 LAYOUTS = ("batched", "packed", "paged")
 CACHE_DTYPES = ("problem", "float8_e4m3fn")
 PAGE_SIZES = (16, 32, 64, 128, 256)
-DEFAULT_POLICY = "eager-cold"  # how times are taken where nobody says; `bench.policy` has them all
+POLICY_NAMES = ("eager-cold", "eager-warm", "graph-cold", "graph-warm")  # how times are taken; see bench.policy
+DEFAULT_POLICY = POLICY_NAMES[0]  # where nobody says
 DEFAULT_LOCALITY = 0.8  # assumed where nobody says: trained models select alike for adjacent tokens
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 

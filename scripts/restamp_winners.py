@@ -13,7 +13,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from ship_winners import TUNING_DB, write_shipped
+from ship_winners import TUNING_DB, proven, write_shipped
 
 from nsa_autotune.codegen.golden import WINNERS_DIR
 from nsa_autotune.codegen.render import render, template_digest
@@ -62,19 +62,20 @@ def restamp(table: Path, folder: Path) -> tuple[int, list[str]]:
     """Rewrite a table and its sources if no winner is lost; how many were restamped, and those that would be lost."""
     with TuningStore("sqlite://", import_shipped=False) as store:
         store.import_jsonl(table, source=None)
-        winners = store.winners()
+        winners = proven(store, store.winners())
     kept, lost, count = [], [], 0
-    for winner in winners:
+    for winner, trial in winners:
         spec = all_specs()[winner.family]
         if winner.template_digest == template_digest(spec):
-            kept.append(winner)
+            kept.append((winner, trial))
             continue
         sources = [path.read_text(encoding="utf-8") for path in sorted(folder.glob(f"{winner.family}__*.py"))]
         found = restamped(winner, spec, sources)
         if found is None:
             lost.append(f"{winner.family} on {winner.fingerprint['gpu']}: {winner.problem_key}")
         else:
-            kept.append(found)
+            stamp = {"config": found.config, "template_digest": found.template_digest}
+            kept.append((found, None if trial is None else replace(trial, **stamp)))
             count += 1
     if lost:
         return 0, lost

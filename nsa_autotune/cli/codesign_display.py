@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn
 
 from ..search.progress import Outcome, Plan, TrialEvent
+from .console import count_text
 from .progress import BarDisplay, outcome_lines
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class CodesignDisplay(BarDisplay):
     def trial(self, event: TrialEvent) -> None:
         """A variant of the kernel."""
         best = f"best {event.best_us:.1f} us, " if event.best_us is not None else ""
-        self._bar.update(self._task, state=f"{self._family}: {best}{event.number} trials")
+        self._bar.update(self._task, state=f"{self._family}: {best}{count_text(event.number, 'trial')}")
 
     def finish(self, outcome: Outcome) -> None:
         """Say why a kernel has no config."""

@@ -28,9 +28,11 @@ EXIT_INTERRUPTED = 130
 
 def execute(plan: Plan) -> int:
     """Do it with a live display and print what came out, also after Ctrl-C; the exit code."""
+    from ..codegen.load import require_caches
     from ..db.store import TuningStore
     from .codesign_display import CodesignDisplay
 
+    require_caches()
     interrupted, display = False, CodesignDisplay(errors())
     lost: WorkerError | None = None
     activations = choose_activations(plan)

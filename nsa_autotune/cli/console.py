@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from ..errors import InvalidInput
+from ..files import whole_file
 from ..plain import visible
 from .fit import fit_columns
 
@@ -107,23 +108,20 @@ def gain_text(default_us: float | None, winner_us: float | None) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file as a whole or not at all; InvalidInput if the folder cannot be written."""
-    temporary = ""
+    with asked_file(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def asked_file(path: Path) -> Iterator[BinaryIO]:
+    """The file that a user named, written as a whole or not at all; InvalidInput if the folder cannot be written."""
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8", newline="\n"
-        ) as file:
-            temporary = file.name
-            file.write(text)
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
+        with whole_file(path) as file:
+            yield file
     except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        raise InvalidInput(
-            "the file cannot be written",
-            {"path": str(path), "reason": error.strerror},
-            "Name a file in an existing folder that you may write.",
-        ) from error
+        values = {"path": str(path), "reason": error.strerror}
+        remedy = "Name a file in an existing folder that you may write."
+        raise InvalidInput("the file cannot be written", values, remedy) from error
 
 
 def there_is(counts: Mapping[str, int]) -> str:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 
 from ..search.progress import WORKED, Outcome, Plan, TrialEvent
-from .console import gain_text, problem_text
+from .console import count_text, gain_text, problem_text
 
 SHOWN_REASONS = 3  # most frequent reasons printed for a problem without a winner
 
@@ -59,14 +59,14 @@ class TuneDisplay(BarDisplay):
         number = len(self.outcomes) + 1
         family = plan.spec.family
         title = f"{number}/{self._num_problems} {family} {problem_text(plan.problem.to_dict(), family)}"
-        known = f"{plan.num_known} trials known" if plan.num_known else ""
+        known = f"{count_text(plan.num_known, 'trial')} known" if plan.num_known else ""
         self._bar.reset(self._task, description=title, total=1.0, state=known)
 
     def trial(self, event: TrialEvent) -> None:
         """Move the bar."""
         self._failed += event.record.status not in WORKED
         best = f"best {event.best_us:.1f} us, " if event.best_us is not None else ""
-        state = f"{best}{event.number} trials, {self._failed} failed"
+        state = f"{best}{count_text(event.number, 'trial')}, {self._failed} failed"
         self._bar.update(self._task, completed=event.spent, state=state)
 
     def finish(self, outcome: Outcome) -> None:
@@ -92,7 +92,6 @@ def outcome_lines(outcome: Outcome) -> list[str]:
     if outcome.kind == "failed" or (outcome.kind == "predicted" and not statuses["ok"]):
         reasons = [f"    {count}x {reason}" for reason, count in outcome.reasons[:SHOWN_REASONS]]
         return [f"{head}no config works [{counts}]", *reasons]
-    left = (
-        f", {outcome.left} configs left when the minutes were spent: the same command goes on" if outcome.left else ""
-    )
+    rest = f", {count_text(outcome.left, 'config')} left when the minutes were spent: the same command goes on"
+    left = rest if outcome.left else ""
     return [f"{head}{outcome.kind} [{counts}]{left}"]

@@ -54,11 +54,13 @@ class Present:
 
 def execute(run: Run) -> int:
     """Recertify on the device with a live display and print how each winner ended, also after Ctrl-C; the exit code."""
+    from ..codegen.load import require_caches
     from ..db.store import TuningStore
     from .progress import TuneDisplay
 
     interrupted = False
     done: list[Recertified] = []
+    require_caches()
     with TuningStore(run.db, must_exist=True) as store:
         if store.read_only:
             values = {"database": str(store.location)}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -16,7 +14,7 @@ import typer
 
 from ..errors import InvalidInput
 from ..plain import visible
-from .console import count_text, make_table, output, write_text
+from .console import asked_file, count_text, make_table, output, write_text
 
 Row = dict[str, Any]
 MAX_CELL_CHARS = 60  # of a reason or config in a table
@@ -101,19 +99,8 @@ def write_parquet(rows: Sequence[Row], names: Sequence[str], path: Path) -> None
         except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
             remedy = "Leave it out, or CAST it to one type."
             raise InvalidInput("a column of a Parquet file has one type", {"column": name}, remedy) from error
-    temporary = ""
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
-            parquet.write_table(pyarrow.table(arrays, names=list(names)), file)
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        values = {"path": str(path), "reason": error.strerror}
-        remedy = "Name a file in an existing folder that you may write."
-        raise InvalidInput("the file cannot be written", values, remedy) from error
+    with asked_file(path) as file:
+        parquet.write_table(pyarrow.table(arrays, names=list(names)), file)
 
 
 def _pyarrow() -> tuple[Any, Any]:

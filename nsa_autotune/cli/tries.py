@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..codegen.files import numbered_lines
 from ..errors import InvalidInput, UnknownName
+from ..files import numbered_lines
 from ..kernels import get_spec
 from ..spec import Config, KernelSpec, Problem
 

@@ -44,6 +44,7 @@ class Run:
 
 def execute(run: Run) -> int:
     """Do it with a live display and print what came out, also after Ctrl-C; the exit code."""
+    from ..codegen.load import require_caches
     from ..db.shared import SharedStore
     from .progress import TuneDisplay
     from .tune_measure import measure
@@ -52,6 +53,7 @@ def execute(run: Run) -> int:
     interrupted, right = False, True
     lost: WorkerError | None = None
     guesses: list[Guess] = []
+    require_caches()
     with SharedStore(run.db) as store:
         if store.read_only:
             values = {"database": str(store.location)}

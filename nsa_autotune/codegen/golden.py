@@ -1,4 +1,4 @@
-"""Golden files: one rendered variant for each structure, compared byte for byte: a review sees what a change does."""
+"""Golden files: rendered variants of all structures, compared byte for byte: a review sees what a change does."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ..spec import Config, KernelSpec, Problem
-from .files import write_atomic
+from ..files import write_atomic
+from ..spec import Config, KernelSpec, Problem, Value
 from .load import source_path
 from .paths import CHECKOUT
 from .render import render
@@ -26,6 +26,25 @@ ALL_STRUCTURES = ("batched", "paged")  # of these problems, the default's of the
 
 
 def structural_configs(spec: KernelSpec, problem: Problem) -> Iterator[Config]:
+    """Few legal configs near the default in which each two structural switches take all values that they can together.
+
+    Pairs, since combinations of all switches double with each new one; the configs with the most new pairs go first.
+    """
+    legal = [(config, _pairs(spec, config)) for config in all_structures(spec, problem)]
+    left = set().union(*(pairs for _, pairs in legal))
+    while left:
+        config, pairs = max(legal, key=lambda each: len(each[1] & left))  # the first of equals: near the default
+        left -= pairs
+        yield config
+
+
+def _pairs(spec: KernelSpec, config: Config) -> set[tuple[tuple[str, Value], ...]]:
+    """The values of each two structural switches; of the only one, or none."""
+    chosen = [(param.name, config[param.name]) for param in spec.params if param.structural]
+    return set(itertools.combinations(chosen, min(2, len(chosen))))
+
+
+def all_structures(spec: KernelSpec, problem: Problem) -> Iterator[Config]:
     """One legal config for each legal combination of the structural switches, as near to the default as can be."""
     default = spec.default_config(problem)
     switches = [param for param in spec.params if param.structural]
@@ -44,7 +63,7 @@ def structural_configs(spec: KernelSpec, problem: Problem) -> Iterator[Config]:
 
 
 def golden_sources(specs: Iterable[KernelSpec]) -> dict[str, str]:
-    """File name to source: all structures of the plain problem, the default's for the others."""
+    """File name to source: the structures of the plain problem, the default's for the others."""
     sources: dict[str, str] = {}
     for spec in specs:
         for label, problem in PROBLEMS.items():

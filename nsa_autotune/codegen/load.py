@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 from types import ModuleType
 
-from ..errors import KernelError
-from .files import write_atomic
+from ..errors import InvalidInput, KernelError
+from ..files import write_atomic
 from .linemap import Origin, explain_line
 from .paths import generated_dir
 from .render import Rendered
@@ -37,6 +38,21 @@ def write_source(rendered: Rendered, folder: Path | None = None) -> Path:
         remedy = "Set NSA_AUTOTUNE_CACHE_DIR to a folder you may write, or free some space."
         raise KernelError("generated kernels need a writable folder", values, remedy) from error
     return path
+
+
+def require_caches() -> None:
+    """Raise InvalidInput unless compiled kernels can be kept: else no config would seem to work."""
+    from triton import knobs  # takes a while to import
+
+    for folder, variable in ((generated_dir(), "NSA_AUTOTUNE_CACHE_DIR"), (Path(knobs.cache.dir), "TRITON_CACHE_DIR")):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            values = {"folder": str(folder), "message": error.strerror}
+            remedy = f"Set {variable} to a folder you may write, or free some space."
+            raise InvalidInput("compiled kernels need a writable folder", values, remedy) from error
 
 
 def load(rendered: Rendered) -> ModuleType:

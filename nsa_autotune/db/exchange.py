@@ -9,13 +9,13 @@ from __future__ import annotations
 import io
 import json
 import os
-import tempfile
 from collections.abc import Generator, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from ..errors import StoreError
+from ..files import whole_file
 from ..spec import DEFAULT_POLICY, canonical_json
 from .checks import RACED, shorten
 from .designs import DesignRecord
@@ -82,25 +82,13 @@ def read_lines(path: Path, judge: Judge | None = None) -> Generator[Record, None
 
 def write_atomically(path: Path, text: str) -> None:
     """Write the whole file or nothing: a temporary file in the same folder takes its name at the end."""
-    remedy = "Name a file in an existing folder that you may write."
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with whole_file(path) as file:
+            file.write(text.encode())
     except OSError as error:
         values = {"path": str(path), "message": error.strerror}
+        remedy = "Name a file in an existing folder that you may write."
         raise StoreError("the file cannot be written", values, remedy) from error
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.chmod(0o644)  # mkstemp makes it private
-        temporary.replace(path)
-    except OSError as error:
-        values = {"path": str(path), "message": error.strerror}
-        raise StoreError("the file cannot be written", values, remedy) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def refuse_future(record: Record) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
@@ -78,6 +78,11 @@ class TuningStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        """Refuses: a copy elsewhere would name a file or a password of this machine."""
+        remedy = "Save a module's state_dict(), or set its dispatcher to None before it is saved."
+        raise StoreError("an open database cannot be pickled", {"database": str(self.location)}, remedy)
 
     def close(self) -> None:
         """Close all connections; the store cannot be used afterwards."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..codegen.files import numbered_lines, write_atomic
 from ..errors import InvalidInput, NSAError, UnknownName
+from ..files import numbered_lines, write_atomic
 from ..kernels import get_spec
 from ..spec import KernelSpec, Problem, canonical_json
 from .ladder import Step

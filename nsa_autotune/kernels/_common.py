@@ -13,7 +13,16 @@ NUM_WARPS = Param("num_warps", (2, 4, 8), "warps of a program", reserve=(1, 16))
 NUM_STAGES = Param("num_stages", (1, 2, 3, 4), "depth of the software pipeline of key tiles", reserve=(5, 6))
 MAXNREG = Param("maxnreg", (0, 128, 168, 224), "registers a thread may use; 0 leaves it to the compiler")
 USE_TMA = Param("use_tma", (False, True), "load key tiles with tensor-memory-access descriptors", structural=True)
-SPLIT_MASK = Param("split_mask", (False, True), "peel off the key tiles that every row sees whole", structural=True)
+SPLIT_MASK = Param(
+    "split_mask", (False, True), "peel off the key tiles that every row sees whole", structural=True, former=False
+)
+LEAN_SOFTMAX = Param(
+    "lean_softmax",
+    (False, True),
+    "scores are scaled in exp2's multiply-add and masked once",
+    structural=True,
+    former=False,
+)
 SWAP = Param("swap", (False, True), "transpose the products: S^T = K Q^T", structural=True)
 
 PACKED_ARGUMENTS = {  # index tensors of PackedLayout
@@ -69,6 +78,7 @@ def attention_structure(problem: Problem, config: Config) -> dict[str, Any]:
         "use_tma": config["use_tma"],
         "split_mask": config.get("split_mask", False),
         "swap": config.get("swap", False),
+        "lean_softmax": config.get("lean_softmax", False),
         "store_lse": True,
         "dot_precision": dot_precision(problem),
         "qk_chunks": chunks(problem.d_qk),
@@ -178,6 +188,7 @@ def range_defaults(problem: Problem, *, split_mask: bool) -> Config:
         "BLOCK_N": 32 if wide else 64,
         "use_tma": False,
         "split_mask": split_mask,
+        "lean_softmax": False,
         "num_warps": 4,
         "num_stages": 2,
         "maxnreg": 0,

@@ -87,8 +87,8 @@ def constraints(width: str, tiles: int) -> tuple[Constraint, ...]:
             lambda p, x: not is_on(x) or x["BLOCK_N"] == p.nsa.select_block_size,
         ),
         Constraint(
-            "key_major has rows along the first axis and loads a block once: no swap, no use_tma",
-            lambda p, x: not is_on(x) or not (x["swap"] or x["use_tma"]),
+            "key_major has rows first, loads a block once and masks it always: no swap, use_tma or lean_softmax",
+            lambda p, x: not is_on(x) or not (x["swap"] or x["use_tma"] or x.get("lean_softmax")),
         ),
         Constraint(
             "key_major's keys, values, scores and accumulator must fit in shared memory and 240 registers a thread",

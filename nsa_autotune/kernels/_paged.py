@@ -11,6 +11,10 @@ MAX_NEW_TOKENS = 8
 MAX_ROWS = 128  # new tokens times heads of a group, both padded to powers of two
 
 FINISH = Param("finish", ("ticket", "kernel"), "who joins the splits: the last program, or a second kernel", True)
+CARRY_PAGE = Param("carry_page", (False, True), "load a tile's pages one step ahead", structural=True, former=False)
+HEADS_FIRST = Param(
+    "heads_first", (False, True), "kv heads, which share pages, start side by side", structural=True, former=False
+)
 TABLE_ARGUMENTS = (Argument("table", ("B", "TABLE"), "int32", "table"), Argument("lengths", ("B",), "int32", "lengths"))
 COUNTERS = Argument("counters", ("Q", "H"), "int32", "counters")
 PROBLEM_FIELDS = (
@@ -61,6 +65,10 @@ def tiles_fit(problem: Problem, config: Config) -> bool:
     return size * held <= c.SHARED_LIMIT_BYTES
 
 
+HEADS_SHARE = Constraint(
+    "heads_first needs two kv heads or more: one has none beside it",
+    lambda p, x: p.num_kv_heads > 1 or not x["heads_first"],
+)
 TILES_FIT = Constraint("pipelined key and value tiles must fit in 227 KiB of shared memory", tiles_fit)
 
 
@@ -70,6 +78,8 @@ def structure(problem: Problem, config: Config) -> dict[str, Any]:
         **c.attention_structure(problem, {**config, "use_tma": False}),
         "fp8": problem.has_fp8_cache,
         "finish": config["finish"],
+        "carry_page": config["carry_page"],
+        "heads_first": config["heads_first"],
     }
 
 

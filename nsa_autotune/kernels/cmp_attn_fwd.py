@@ -59,6 +59,7 @@ SPEC = KernelSpec(
         *c.TILE_PARAMS,
         c.USE_TMA,
         c.SPLIT_MASK,
+        c.LEAN_SOFTMAX,
         c.NUM_WARPS,
         c.NUM_STAGES,
         c.MAXNREG,

@@ -11,7 +11,7 @@ from ._lazy import paged
 from .slc_select_fwd import POWERS_TO_128, ratio, span
 
 ONE_TOP = 128  # the BLOCK_TOP of configs that have no use for it
-FINISH_WARPS = 4  # of a second kernel
+ONE_FINISH = 4  # their finish_warps
 
 
 def rows(problem: Problem) -> int:
@@ -53,7 +53,7 @@ def structure(problem: Problem, config: Config) -> dict[str, Any]:
     """Structural switches; `overlap`: windows reach into the next selection block, `exact_n`: n are kept."""
     exact = problem.nsa.num_selected == slots(problem)
     shared = g.structure(problem, config)
-    return {**shared, "overlap": span(problem) > 1, "exact_n": exact, "finish_warps": FINISH_WARPS}
+    return {**shared, "overlap": span(problem) > 1, "exact_n": exact}
 
 
 def defaults(problem: Problem) -> Config:
@@ -69,6 +69,9 @@ def defaults(problem: Problem) -> Config:
         "BLOCK_J": block_j,
         "BLOCK_TOP": ONE_TOP,
         "finish": "kernel" if problem.nsa.num_select_blocks(problem.seq_k) > block_j else "ticket",
+        "finish_warps": ONE_FINISH,
+        "carry_page": False,
+        "heads_first": False,
         "num_warps": 4,
         "num_stages": 2 if pipelined else 1,
     }
@@ -110,9 +113,9 @@ def _scores_fit(problem: Problem, config: Config) -> bool:
 
 
 def _candidates_fit(problem: Problem, config: Config) -> bool:
-    """Masses of all heads of BLOCK_J blocks; a second kernel has four warps."""
+    """Masses of all heads of BLOCK_J blocks, in the kernel that joins the splits."""
     values = c.block_g(problem, {"BLOCK_T": c.next_power_of_2(problem.seq_q)}) * int(config["BLOCK_J"])
-    warps = int(config["num_warps"]) if config["finish"] == "ticket" else FINISH_WARPS
+    warps = int(config["num_warps" if config["finish"] == "ticket" else "finish_warps"])
     return values / (32 * warps) <= c.MAX_THREAD_REGISTERS // 2
 
 
@@ -145,6 +148,9 @@ SPEC = KernelSpec(
         Param("BLOCK_J", (32, 64, 128, 256), "selection blocks that are ranked at once", reserve=(16, 512)),
         Param("BLOCK_TOP", (64, 128, 256, 512), "candidates of all chunks that are ranked at once", reserve=(1024,)),
         g.FINISH,
+        Param("finish_warps", (4, 8), "warps of a program of the second kernel", reserve=(2, 16), former=ONE_FINISH),
+        g.CARRY_PAGE,
+        g.HEADS_FIRST,
         c.NUM_WARPS,
         c.NUM_STAGES,
     ),
@@ -159,8 +165,13 @@ SPEC = KernelSpec(
             f"the last program ranks no candidates of other chunks: BLOCK_TOP must be {ONE_TOP} with finish=ticket",
             lambda p, x: x["finish"] == "kernel" or x["BLOCK_TOP"] == ONE_TOP,
         ),
+        Constraint(
+            f"finish=ticket has no second kernel: finish_warps must be {ONE_FINISH}",
+            lambda p, x: x["finish"] == "kernel" or x["finish_warps"] == ONE_FINISH,
+        ),
         Constraint("accumulators and scores must fit in 240 registers a thread", _scores_fit),
         Constraint("masses that are added up at once must fit in 120 registers a thread", _candidates_fit),
+        g.HEADS_SHARE,
         g.TILES_FIT,
     ),
     rules=(

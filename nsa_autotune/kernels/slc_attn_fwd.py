@@ -59,6 +59,8 @@ def defaults(problem: Problem) -> Config:
         "BLOCK_N": min(problem.nsa.select_block_size, 32 if wide else 64),
         "swap": False,
         "use_tma": False,
+        "split_mask": False,
+        "lean_softmax": False,
         "carry": False,
         **k.defaults(),
         "num_warps": 4 if wide or problem.group_size > 16 else 2,
@@ -134,6 +136,8 @@ SPEC = KernelSpec(
         Param("BLOCK_N", (16, 32, 64, 128), "keys a tile"),
         c.SWAP,
         c.USE_TMA,
+        c.SPLIT_MASK,
+        c.LEAN_SOFTMAX,
         Param("carry", (False, True), "load the next block one step ahead", structural=True, former=False),
         k.CHUNK,
         k.NUM_RUNS,
@@ -156,6 +160,10 @@ SPEC = KernelSpec(
             lambda p, config: config["loop_order"] in ("query_major", "union") or not config["carry"],
         ),
         *k.constraints("d_v", 1),
+        Constraint(
+            "split_mask splits one list of blocks, which query_major and union have",
+            lambda p, config: config["loop_order"] in ("query_major", "union") or not config["split_mask"],
+        ),
         Constraint(
             "BLOCK_N must divide select_block_size (l')",
             lambda p, config: p.nsa.select_block_size % int(config["BLOCK_N"]) == 0,

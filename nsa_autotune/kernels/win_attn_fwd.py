@@ -76,6 +76,7 @@ SPEC = KernelSpec(
         *c.TILE_PARAMS,
         c.USE_TMA,
         c.SPLIT_MASK,
+        c.LEAN_SOFTMAX,
         Param(
             "narrow_tail",
             (False, True),

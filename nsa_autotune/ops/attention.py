@@ -47,16 +47,17 @@ def nsa_attention(
     """
     if not isinstance(config, NSAConfig):
         raise InvalidInput("config must be an NSAConfig", {"config": type(config).__name__}, "Use NSAConfig(...).")
-    checks.check_tensor("q", q)
+    checks.check_form(q, packed=cu_seqlens is not None)
     checks.check_tensor("k", k)
     layout = _layout(q, k, cu_seqlens, cu_seqlens_k, config)
     checks.check_query(q, layout)
     checks.check_key("k", k, q, q.shape[-1])
     checks.check_key("v", v, q)
     checks.check_pair(k, v, "compressed")
+    checks.check_lengths(q, k.shape[-3], layout)
     checks.check_gates(gates, q)
-    k_slc, v_slc = _branch("slc", k, v, k_slc, v_slc)
-    k_win, v_win = _branch("win", k, v, k_win, v_win)
+    k_slc, v_slc = _branch("slc", q, k, v, k_slc, v_slc)
+    k_win, v_win = _branch("win", q, k, v, k_win, v_win)
     served = serve.handle_of(dispatcher, strict)
     how: dict[str, Any] = {"layout": layout, "dispatcher": dispatcher, "strict": strict}
     k_cmp, v_cmp = compress(k, config, phi_k, **how), compress(v, config, phi_v, **how)
@@ -86,13 +87,17 @@ def _layout(
     return packed_layout(cu_seqlens, cu_seqlens_k, q.shape[0], k.shape[0], config)
 
 
-def _branch(name: str, k: Tensor, v: Tensor, own_k: Tensor | None, own_v: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A branch's own keys and values, or the shared ones; both or none."""
+def _branch(
+    name: str, q: Tensor, k: Tensor, v: Tensor, own_k: Tensor | None, own_v: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A branch's own keys and values, shaped as k and v, or the shared ones; both or none."""
     if (own_k is None) != (own_v is None):
         raise InvalidInput(f"k_{name} and v_{name} come together", {}, "Pass both, or none to share k and v.")
     if own_k is None or own_v is None:
         return k, v
-    if own_k.shape[:-1] != k.shape[:-1]:
-        values = {"k": tuple(k.shape), f"k_{name}": tuple(own_k.shape)}
-        raise InvalidInput(f"k_{name} must have the tokens and heads of k", values)
+    for letter, own, shared in (("k", own_k, k), ("v", own_v, v)):
+        checks.check_same(f"{letter}_{name}", own, q)
+        if own.shape != shared.shape:
+            values = {letter: tuple(shared.shape), f"{letter}_{name}": tuple(own.shape)}
+            raise InvalidInput(f"{letter}_{name} must have the shape of {letter}", values)
     return own_k, own_v

@@ -39,6 +39,8 @@ def compress(
 
 
 def _check_phi(x: Tensor, phi: PhiWeights, config: NSAConfig) -> None:
+    if not isinstance(phi, PhiWeights):
+        raise InvalidInput("phi must be PhiWeights, or None for the mean", {"phi": type(phi).__name__})
     length, width = config.compress_block_size, x.shape[-1]
     hidden = phi.w1.shape[-1]
     want = {

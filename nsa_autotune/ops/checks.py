@@ -34,14 +34,19 @@ def check_same(name: str, x: Tensor, q: Tensor) -> None:
         raise InvalidInput(f"{name} must be on the device of q", values, f"Use {name}.to(q.device).")
 
 
+def check_form(q: Tensor, *, packed: bool) -> None:
+    """q is a tensor of as many dimensions as its layout has."""
+    check_tensor("q", q)
+    if q.ndim != (3 if packed else 4):
+        form = "[TQ, HQ, D_QK] with cu_seqlens" if packed else "[B, TQ, HQ, D_QK]"
+        raise InvalidInput(f"q must be {form}", {"shape": tuple(q.shape)}, "Pass cu_seqlens only with packed tensors.")
+
+
 def check_query(q: Tensor, layout: PackedLayout | None) -> None:
     """q is [B, TQ, HQ, D_QK], or packed [TQ, HQ, D_QK], of a dtype that kernels or the reference serve."""
-    check_tensor("q", q)
+    check_form(q, packed=layout is not None)
     if q.device.type not in ("cpu", "cuda"):
         raise InvalidInput("q must be on the CPU or a CUDA device", {"q": str(q.device)}, "Use .to('cuda').")
-    if q.ndim != (4 if layout is None else 3):
-        form = "[B, TQ, HQ, D_QK]" if layout is None else "[TQ, HQ, D_QK] with cu_seqlens"
-        raise InvalidInput(f"q must be {form}", {"shape": tuple(q.shape)}, "Pass cu_seqlens only with packed tensors.")
     if q.is_cuda and q.dtype not in KERNEL_DTYPES:
         known = "bfloat16, float16 or float32"
         raise InvalidInput(f"kernels serve {known}", {"q": str(q.dtype)}, "Cast, or call nsa_autotune.reference.")
@@ -106,9 +111,13 @@ def check_gates(gates: Tensor, q: Tensor) -> None:
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: Tensor) -> None:
     """int32 [S + 1] beside packed tokens; values are read only on the CPU, where that waits for nobody."""
+    if not isinstance(cu_seqlens, Tensor):
+        remedy = "Use torch.tensor(offsets, dtype=torch.int32)."
+        raise InvalidInput(f"{name} must be a torch.Tensor", {name: type(cu_seqlens).__name__}, remedy)
     facts = {"dtype": str(cu_seqlens.dtype), "shape": tuple(cu_seqlens.shape), "device": str(cu_seqlens.device)}
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
-        raise InvalidInput(f"{name} must be int32 [S + 1] with S >= 1", facts, f"Use {name}.int().")
+        remedy = "It is the cumulative sum of the lengths, after a 0, as torch.int32."
+        raise InvalidInput(f"{name} must be int32 [S + 1] with S >= 1", facts, remedy)
     if cu_seqlens.device != tokens.device:
         remedy = f"Use {name}.to({str(tokens.device)!r})."
         raise InvalidInput(f"{name} must be on the device of the tokens", facts, remedy)

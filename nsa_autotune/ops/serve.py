@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..config import NSAConfig
 from ..dispatch.dispatcher import Dispatcher, by_number
 from ..dispatch.sources import default_winners
+from ..errors import InvalidInput
 from ..layout import PackedLayout
 from ..spec import DEFAULT_LOCALITY, KernelSpec, Problem
 
@@ -45,6 +47,9 @@ def export_misses(path: str | Path) -> int:
 
 def handle_of(dispatcher: Dispatcher | None, strict: bool = False) -> int:
     """A number for an operator's argument: twice the dispatcher's own (0 for the default one), plus `strict`."""
+    if dispatcher is not None and not isinstance(dispatcher, Dispatcher):
+        values = {"dispatcher": type(dispatcher).__name__}
+        raise InvalidInput("dispatcher must be a Dispatcher, or None for the default one", values)
     return 2 * (0 if dispatcher is None else dispatcher.number) + strict
 
 
@@ -58,8 +63,11 @@ def from_handle(handle: int, x: Tensor) -> Dispatcher | None:
 
 
 def scale_of(q: Tensor, scale: float | None) -> float:
-    """The factor of the scores: `scale`, or 1 / sqrt(D_QK)."""
-    return float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
+    """The factor of the scores: `scale`, or 1 / sqrt(D_QK); kernels may scale a row's maximum, so it is positive."""
+    factor = float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
+    if not 0.0 < factor < math.inf:
+        raise InvalidInput("scale must be positive and finite", {"scale": factor}, "Negate q instead of the scale.")
+    return factor
 
 
 def packing_of(layout: PackedLayout | None) -> int | None:

@@ -26,9 +26,9 @@ from .choice import Chosen, Kernel
 PACKAGE = Path(__file__).resolve().parents[1]
 PROVENANCE = "PROVENANCE.json"
 PAGED = ("paged", "paged_append")
-MODULES = ("errors", "config", "layout", "dense", "reference", *PAGED, "gradients", "spec")  # of the runtime
+MODULES = ("errors", "files", "config", "layout", "dense", "reference", *PAGED, "gradients", "spec")  # of the runtime
 NOT_COPIED = ("dispatch/sources.py",)  # the package has its own
-CODEGEN = ("codegen/__init__.py", "codegen/files.py", "codegen/shapes.py")  # what the runtime needs of codegen
+CODEGEN = ("codegen/__init__.py", "codegen/shapes.py")  # what the runtime needs of codegen
 
 NEEDED = ("torch", "triton", "nsa_autotune")
 OWN_NAME = "Choose a name of its own, such as nsa_tuned_h100."
@@ -132,8 +132,7 @@ def provenance(
     """Where everything comes from: the database's rows, the errors of their gate, and the files' digests."""
     rows = []
     for winner in chosen.winners:
-        gated = [t for t in trials.get(winner.digest, ()) if t.max_error is not None]
-        worst = max(gated, key=lambda t: (t.max_error or 0.0, t.digest), default=None)
+        worst = worst_gated(trials.get(winner.digest, ()))
         errors = None if worst is None else {"max_error": worst.max_error, "baseline_error": worst.baseline_error}
         rows.append({"digest": winner.digest, "gate": errors, "record": winner.to_dict()})
     return {
@@ -144,6 +143,12 @@ def provenance(
         "winners": rows,
         "sha256": {path: _sha(content) for path, content in sorted(files.items())},
     }
+
+
+def worst_gated(trials: Iterable[TrialRecord]) -> TrialRecord | None:
+    """The trial with the largest error that passed the accuracy gate; None if no error was recorded."""
+    gated = [trial for trial in trials if trial.max_error is not None]
+    return max(gated, key=lambda trial: (trial.max_error or 0.0, trial.digest), default=None)
 
 
 def lower_bounds(winners: Iterable[WinnerRecord]) -> dict[str, str]:

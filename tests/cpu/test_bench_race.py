@@ -14,7 +14,7 @@ from nsa_autotune.bench.policy import POLICIES, get_policy
 from nsa_autotune.bench.race import run_race
 from nsa_autotune.bench.stats import compare
 from nsa_autotune.errors import UnknownName
-from nsa_autotune.spec import DEFAULT_POLICY
+from nsa_autotune.spec import DEFAULT_POLICY, POLICY_NAMES
 
 
 @dataclass
@@ -138,6 +138,7 @@ def test_this_process_and_the_tuner_are_no_strangers() -> None:
 
 def test_policies_have_names_that_say_what_they_do() -> None:
     assert get_policy().name == DEFAULT_POLICY == "eager-cold"
+    assert tuple(POLICIES) == POLICY_NAMES, "a dispatcher knows them all"
     for name, policy in POLICIES.items():
         assert name == f"{'graph' if policy.graph else 'eager'}-{'cold' if policy.cold_l2 else 'warm'}"
     with pytest.raises(UnknownName, match="graph-warm"):

@@ -353,3 +353,16 @@ def test_a_database_that_cannot_be_written_is_refused_before_any_work(
     )
     assert main(line) == 2
     assert "can be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("variable", ["NSA_AUTOTUNE_CACHE_DIR", "TRITON_CACHE_DIR"])
+def test_a_folder_that_cannot_be_written_is_no_fact_about_a_config(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(variable, str(tmp_path / "file" / "cache"))
+    place = f"sqlite:///{tmp_path / 'tuning.sqlite'}"
+    assert main([*COMMAND, "--target", "cuda:90", "--no-check", "--db", place]) == 2
+    assert f"Set {variable} to a folder you may write" in capsys.readouterr().err
+    with TuningStore(place) as store:
+        assert store.trials(kind="predicted") == []

@@ -24,7 +24,7 @@ from problems import served
 from nsa_autotune.codegen import paths
 from nsa_autotune.codegen import render as render_module
 from nsa_autotune.codegen.compile import compile_variant, parse_target, shared_limit_bytes
-from nsa_autotune.codegen.golden import structural_configs
+from nsa_autotune.codegen.golden import all_structures
 from nsa_autotune.codegen.grid import Launches, watch_launches
 from nsa_autotune.codegen.linemap import explain_line
 from nsa_autotune.codegen.load import explain, line_map_of, load, write_source
@@ -59,7 +59,7 @@ def variants() -> Iterator[tuple[str, KernelSpec, Problem, Config]]:
         for label, problem in PROBLEMS.items():
             if problem.layout not in spec.layouts:
                 continue
-            for number, config in enumerate(structural_configs(spec, problem)):
+            for number, config in enumerate(all_structures(spec, problem)):
                 yield f"{family}__{label}__{number}", spec, problem, config
 
 

@@ -76,6 +76,27 @@ def test_a_narrow_tail_multiplies_fewer_keys() -> None:
     assert narrow / wide == pytest.approx(528 / 576)  # 515 keys of 4 tokens: 8 tiles of 64 and 16, not 9 of 64
 
 
+LEAN = {  # loops with and without a mask, both ways of the products, rows that see nothing
+    "cmp_attn_fwd": {"split_mask": True},
+    "win_attn_fwd": {"split_mask": True, "BLOCK_N": 32, "narrow_tail": True},
+    "slc_attn_fwd": {"loop_order": "union", "BLOCK_T": 2, "BLOCK_N": 16, "swap": True},
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("family", LEAN)
+def test_scores_may_be_scaled_and_masked_once(family: str, name: str) -> None:
+    check(family, PROBLEMS[name], {**LEAN[family], "lean_softmax": True})
+
+
+@pytest.mark.parametrize("lean", [False, True], ids=["plain", "lean-swap"])
+@pytest.mark.parametrize(("order", "tokens"), [("query_major", 1), ("union", 4)])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_blocks_seen_whole_need_no_mask(name: str, order: str, tokens: int, lean: bool) -> None:
+    changes = {"loop_order": order, "BLOCK_T": tokens, "BLOCK_N": 16, "split_mask": True}
+    check("slc_attn_fwd", PROBLEMS[name], {**changes, "lean_softmax": lean, "swap": lean, "carry": order == "union"})
+
+
 def test_sharing_reads_less_than_one_token_a_tile_with_random_selections() -> None:
     spec, problem = get_spec("slc_attn_fwd"), Problem(seq_q=65536, seq_k=65536, locality=0.0)
     default = spec.default_config(problem)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nsa_autotune import NativeSparseAttention, ops
+from nsa_autotune.db.store import TuningStore
 from nsa_autotune.dispatch.dispatcher import Dispatcher, by_number
-from nsa_autotune.errors import InvalidInput
+from nsa_autotune.errors import InvalidInput, NSAError, StoreError
 from nsa_autotune.ops import library, whole
 
 HIDDEN = 24
@@ -224,3 +225,19 @@ def test_a_saved_module_has_a_dispatcher_of_its_own() -> None:
     assert second.dispatcher is by_number(second.dispatcher.number) is not first.dispatcher
     assert second.dispatcher.locality == 0.5 and not second.dispatcher.strict
     assert torch.equal(second(given("batched")[0]), wanted)
+
+
+def test_a_database_is_not_saved_with_a_module() -> None:
+    """Its URL may hold a password, and its file is another machine's."""
+    with TuningStore("sqlite://", import_shipped=False) as store:
+        first = module(dispatcher=Dispatcher(store))
+        with pytest.raises(StoreError, match=r"cannot be pickled.*state_dict\(\)"):
+            torch.save(first, io.BytesIO())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"), [({"policy": "grph-cold"}, "graph-cold"), ({"locality": 7}, "locality is a probability")]
+)
+def test_a_dispatcher_is_made_for_what_there_is(wrong: dict[str, Any], words: str) -> None:
+    with pytest.raises(NSAError, match=words):
+        Dispatcher(None, **wrong)

@@ -188,6 +188,14 @@ def call(name: str, **changes: Any) -> Any:
 
 
 META = {"device": "meta"}
+
+
+def own(branch: str, **changed: Tensor) -> dict[str, Tensor]:
+    """A branch's own keys and values, one of them changed."""
+    fitting = {"k": torch.randn(2, 70, H, D_QK), "v": torch.randn(2, 70, H, D_V)}
+    return {f"{letter}_{branch}": x for letter, x in {**fitting, **changed}.items()}
+
+
 BAD: list[tuple[str, Callable[[], dict[str, Any]], str]] = [
     ("window_attention", lambda: {"q": torch.randn(70, HQ, D_QK)}, "q must be [B, TQ, HQ, D_QK]"),
     ("window_attention", lambda: {"q": torch.randn(2, 0, HQ, D_QK)}, "q must have at least one token"),
@@ -224,11 +232,22 @@ BAD: list[tuple[str, Callable[[], dict[str, Any]], str]] = [
     (
         "nsa_attention",
         lambda: {"k_win": torch.randn(2, 71, H, D_QK), "v_win": torch.randn(2, 71, H, D_V)},
-        "k_win must have the tokens and heads of k",
+        "k_win must have the shape of k",
     ),
+    ("nsa_attention", lambda: own("slc", v=torch.randn(2, 50, H, D_V)), "v_slc must have the shape of v"),
+    ("nsa_attention", lambda: own("win", v=torch.randn(2, 70, H, D_V + 16)), "v_win must have the shape of v"),
+    ("nsa_attention", lambda: own("slc", k=torch.randn(2, 70, H, D_V)), "k_slc must have the shape of k"),
+    ("nsa_attention", lambda: own("slc", k=torch.randn(2, 70, H, D_QK).double()), "k_slc must have the dtype of q"),
+    ("nsa_attention", lambda: {"k_slc": [1], "v_slc": [1]}, "k_slc must be a torch.Tensor"),
+    ("nsa_attention", lambda: {"q": torch.randn(2, 71, HQ, D_QK), "gates": torch.rand(2, 71, HQ, 3)}, "so TQ <= TK"),
+    ("nsa_attention", lambda: {"cu_seqlens": [0, 70]}, "Pass cu_seqlens only with packed tensors"),
+    ("nsa_attention", lambda: {"phi_k": 1}, "phi must be PhiWeights"),
+    ("nsa_attention", lambda: {"dispatcher": 3}, "dispatcher must be a Dispatcher"),
     ("nsa_attention", lambda: {"cu_seqlens_k": offsets(70)}, "cu_seqlens_k needs cu_seqlens"),
     ("nsa_attention", lambda: {"cu_seqlens": offsets(2)}, "Pass cu_seqlens only with packed tensors"),
     ("nsa_attention", lambda: {"k": torch.randn(2, 70, H, D_V)}, "k must have the head dim of q"),
+    ("nsa_attention", lambda: {"scale": -0.1}, "scale must be positive and finite"),
+    ("nsa_attention", lambda: {"scale": float("nan")}, "scale must be positive and finite"),
 ]
 
 
@@ -251,8 +270,9 @@ def test_tensors_that_do_not_fit_are_refused_with_a_sentence(
         (offsets(50, 40), "cu_seqlens must rise from 0 to the number of tokens"),
         (offsets(50, 41) + 1, "cu_seqlens must rise from 0 to the number of tokens"),
         (offsets(92, -1), "cu_seqlens must rise from 0 to the number of tokens"),
+        ([0, 91], "cu_seqlens must be a torch.Tensor"),
     ],
-    ids=["int64", "empty", "two_dims", "device", "short", "late", "falling"],
+    ids=["int64", "empty", "two_dims", "device", "short", "late", "falling", "list"],
 )
 def test_offsets_that_do_not_fit_are_refused_with_a_sentence(cu_seqlens: Tensor, words: str) -> None:
     tensors, _ = make_tensors("packed")

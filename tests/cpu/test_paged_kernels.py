@@ -6,6 +6,7 @@ import pytest
 from cpu.test_kernels import SMALL, SPECS, check, small_tiles, switches
 
 from nsa_autotune.codegen.golden import structural_configs
+from nsa_autotune.codegen.render import render
 from nsa_autotune.config import NSAConfig
 from nsa_autotune.spec import Problem
 
@@ -80,3 +81,54 @@ def test_the_best_of_several_chunks_are_selected(finish: str, num_selected: int)
     top = {"BLOCK_TOP": 64} if finish == "kernel" else {}
     config = {**spec.default_config(problem), "BLOCK_N": 32, "SPLIT": 64, "BLOCK_J": 16, "finish": finish, **top}
     check(spec, problem, config)
+
+
+TWO_TILES = NSAConfig(16, 8, select_block_size=32, num_selected=5, num_local=1, window_size=37)  # tiles of 16 a block
+CARRIED = {  # and whether kv heads come first; all combinations of switches are met by STEP's structures
+    "small_pages": (STEP.replace(nsa=TWO_TILES, seq_k=150), True),
+    "large_pages_fp8": (STEP.replace(nsa=TWO_TILES, seq_k=150, page_size=64, cache_dtype="float8_e4m3fn"), False),
+    "d_v_192": (STEP.replace(nsa=TWO_TILES, seq_q=1, batch=2, num_q_heads=2, d_qk=48, d_v=192, seq_k=120), True),
+    "no_compressed_row": (CASES["no_compressed_row"], True),
+    "one_block": (CASES["one_block"], False),
+}
+
+
+@pytest.mark.parametrize("case", CARRIED)
+def test_the_carried_pages_are_those_of_the_next_tile(case: str) -> None:
+    """Shares of several tiles, the last of them short: of three blocks that are two, and of a window's 37 keys."""
+    problem, heads_first = CARRIED[case]
+    how = {
+        "carry_page": True,
+        "heads_first": heads_first,
+        "BLOCK_N": 16,
+        "finish": "kernel" if heads_first else "ticket",
+    }
+    spec = SPECS["cmp_decode_fwd"]
+    check(spec, problem, {**spec.default_config(problem), **how, "SPLIT": 64})
+    spec = SPECS["slc_win_decode_fwd"]
+    splits = {"SLC_SPLITS": min(2, problem.nsa.num_selected), "WIN_SPLITS": 2}
+    check(spec, problem, {**spec.default_config(problem), **how, **splits})
+
+
+@pytest.mark.parametrize("family", ["cmp_decode_fwd", "slc_win_decode_fwd"])
+def test_kv_heads_that_share_pages_start_side_by_side(family: str) -> None:
+    """The first axis of a grid runs fastest."""
+    spec = SPECS[family]
+    for first, begins in ((False, 0), (True, 2)):
+        config = {**spec.default_config(STEP), "heads_first": first, "finish": "kernel"}
+        assert render(spec, STEP, config).source.count("grid=(num_heads, ") == begins
+    alone = STEP.replace(num_kv_heads=1)
+    assert "heads_first" in (spec.broken_constraint(alone, {**spec.default_config(alone), "heads_first": True}) or "")
+
+
+def test_the_second_kernel_has_warps_of_its_own() -> None:
+    spec = SPECS["cmp_decode_fwd"]
+    config = {**spec.default_config(STEP), "finish": "kernel", "finish_warps": 8, "num_warps": 2}
+    source = render(spec, STEP, config).source
+    assert source.count("num_warps=8,") == 1 and '"num_warps": 2,' in source
+    new = ("finish_warps", "carry_page", "heads_first")
+    assert spec.completed({name: value for name, value in config.items() if name not in new}) == {
+        **config,
+        "finish_warps": 4,
+    }
+    assert "finish_warps" in (spec.broken_constraint(STEP, {**config, "finish": "ticket"}) or "")

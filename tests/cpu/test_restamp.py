@@ -31,3 +31,28 @@ def test_only_the_code_that_was_measured_is_restamped(monkeypatch: pytest.Monkey
     assert script.restamped(old, spec, [text.replace("tl.exp2(", "tl.exp(")]) is None
     assert script.restamped(old, spec, [source]) is None, "the source of another template"
     assert script.restamped(old, spec, []) is None
+
+
+def test_the_trial_that_proves_a_winner_ships_and_is_restamped_with_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    script, ship = (importlib.import_module(name) for name in ("restamp_winners", "ship_winners"))
+    spec = get_spec("win_attn_fwd")
+    with TuningStore("sqlite://") as store:
+        winner = store.winners(family="win_attn_fwd")[0]
+        for error in (1e-3, 3e-3, 2e-3):
+            store.add_trial(replace(winner.as_trial(), max_error=error, baseline_error=1e-3))
+        (pair,) = ship.proven(store, [winner])
+        assert pair[1].max_error == 3e-3, "the worst of them"
+    table, folder = tmp_path / "sm_90.jsonl", tmp_path / "sm_90"
+    ship.write_shipped([pair], table, folder)
+    stamp = template_digest(spec)
+    for path in (table, *folder.glob("*.py")):
+        path.write_text(path.read_text(encoding="utf-8").replace(stamp, "0" * len(stamp)), encoding="utf-8")
+    assert script.restamp(table, folder) == (1, [])
+    with TuningStore("sqlite://", import_shipped=False) as store:
+        store.import_jsonl(table, source=None)
+        ((again, trial),) = ship.proven(store, store.winners())
+    assert (again.template_digest, again.samples_us) == (stamp, winner.samples_us)
+    assert (trial.template_digest, trial.max_error, trial.config) == (stamp, 3e-3, winner.config)

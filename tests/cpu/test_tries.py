@@ -11,7 +11,7 @@ from nsa_autotune.cli.app import main
 from nsa_autotune.cli.tries import completed, read_tries
 from nsa_autotune.errors import InvalidInput
 from nsa_autotune.kernels import get_spec
-from nsa_autotune.spec import Problem
+from nsa_autotune.spec import Problem, canonical_json
 
 SPEC = get_spec("win_attn_fwd")
 PROBLEM = Problem(seq_q=1024, seq_k=1024, num_q_heads=16, num_kv_heads=1, d_qk=64, d_v=64)
@@ -38,6 +38,20 @@ def test_a_partial_config_is_filled_up_from_the_default(tmp_path: Path) -> None:
     assert default["BLOCK_N"] != 32
     assert completed(SPEC, PROBLEM, tries) == [{**default, "BLOCK_N": 32}]
     assert completed(get_spec("slc_attn_fwd"), PROBLEM, tries) == []
+
+
+STEPS = [Problem(batch=batch, seq_q=1, seq_k=length, layout="paged") for batch, length in ((64, 8192), (1, 65536))]
+LONG = [Problem(seq_q=65536, seq_k=65536)]
+
+
+@pytest.mark.parametrize(("file", "problems"), [("decode", STEPS), ("forward", LONG)])
+def test_the_configs_of_the_benchmarks_are_legal(file: str, problems: list[Problem]) -> None:
+    tries = read_tries(Path(__file__).parents[2] / "benchmarks" / "tries" / f"{file}.jsonl")
+    for family in {family for family, _ in tries}:
+        for problem in problems:
+            found = completed(get_spec(family), problem, tries)
+            assert len(found) == sum(each == family for each, _ in tries), f"{family}: some break a constraint"
+            assert len({canonical_json(config) for config in found}) == len(found), f"{family}: one stands twice"
 
 
 @pytest.mark.parametrize(
