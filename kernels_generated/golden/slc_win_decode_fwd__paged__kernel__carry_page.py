@@ -168,9 +168,7 @@ def slc_win_decode_fwd_kernel(
     begin = last + 1 - (split - SLC_SPLITS + 1) * SHARE  # shares are counted from the token back
     stop = tl.minimum(begin + SHARE, last + 1)
     begin = tl.maximum(begin, 0)
-    num_tiles = tl.where(
-        is_slc, tl.minimum(SLOTS, count - split * SLOTS) * PARTS, (stop - begin + BLOCK_N - 1) // BLOCK_N
-    )
+    num_tiles = tl.where(is_slc, tl.minimum(SLOTS, count - split * SLOTS) * PARTS, (stop - begin + BLOCK_N - 1) // BLOCK_N)
     low = tl.where(is_slc, -1, last - WINDOW)
     stop = tl.where(is_slc, last + 1, stop)
     next_block = tl.load(blocks_ptr + item * N + tl.minimum(split * SLOTS + 0 // PARTS, N - 1))
@@ -180,9 +178,7 @@ def slc_win_decode_fwd_kernel(
     entry = table_ptr + batch * stride_table + offs_next // PAGE
     next_page = tl.load(entry, mask=offs_next < length, other=0)  # [BLOCK_N]
     for i in tl.range(0, num_tiles):
-        next_start = tl.where(
-            is_slc, tl.maximum(next_block, 0) * SELECT_BLOCK + (i + 1) % PARTS * BLOCK_N, begin + (i + 1) * BLOCK_N
-        )
+        next_start = tl.where(is_slc, tl.maximum(next_block, 0) * SELECT_BLOCK + (i + 1) % PARTS * BLOCK_N, begin + (i + 1) * BLOCK_N)
         next_block = tl.load(blocks_ptr + item * N + tl.minimum(split * SLOTS + (i + 2) // PARTS, N - 1))
         offs_n = start + tl.arange(0, BLOCK_N)
         inside = offs_n < length

@@ -13,9 +13,7 @@ NUM_WARPS = Param("num_warps", (2, 4, 8), "warps of a program", reserve=(1, 16))
 NUM_STAGES = Param("num_stages", (1, 2, 3, 4), "depth of the software pipeline of key tiles", reserve=(5, 6))
 MAXNREG = Param("maxnreg", (0, 128, 168, 224), "registers a thread may use; 0 leaves it to the compiler")
 USE_TMA = Param("use_tma", (False, True), "load key tiles with tensor-memory-access descriptors", structural=True)
-SPLIT_MASK = Param(
-    "split_mask", (False, True), "peel off the key tiles that every row sees whole", structural=True, former=False
-)
+SPLIT_MASK = Param("split_mask", (False, True), "peel off the key tiles that every row sees whole", structural=True)
 LEAN_SOFTMAX = Param(
     "lean_softmax",
     (False, True),

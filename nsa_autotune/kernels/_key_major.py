@@ -11,6 +11,7 @@ from ..spec import ELEMENT_BYTES, Config, Constraint, Cost, Param, Problem
 from . import _common as c
 
 ORDER = "key_major"
+OTHER_SWITCHES = ("swap", "use_tma", "split_mask", "lean_softmax")  # of the orders that walk keys
 SCRATCH_LIMIT_BYTES = 4 << 30  # of the partial results of one run
 
 CHUNK = Param(
@@ -87,8 +88,8 @@ def constraints(width: str, tiles: int) -> tuple[Constraint, ...]:
             lambda p, x: not is_on(x) or x["BLOCK_N"] == p.nsa.select_block_size,
         ),
         Constraint(
-            "key_major has rows first, loads a block once and masks it always: no swap, use_tma or lean_softmax",
-            lambda p, x: not is_on(x) or not (x["swap"] or x["use_tma"] or x.get("lean_softmax")),
+            "key_major loads a block once and masks it always: no swap, use_tma, split_mask or lean_softmax",
+            lambda p, x: not is_on(x) or not any(x.get(name) for name in OTHER_SWITCHES),
         ),
         Constraint(
             "key_major's keys, values, scores and accumulator must fit in shared memory and 240 registers a thread",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..config import NSAConfig
@@ -136,7 +137,7 @@ SPEC = KernelSpec(
         Param("BLOCK_N", (16, 32, 64, 128), "keys a tile"),
         c.SWAP,
         c.USE_TMA,
-        c.SPLIT_MASK,
+        replace(c.SPLIT_MASK, former=False),
         c.LEAN_SOFTMAX,
         Param("carry", (False, True), "load the next block one step ahead", structural=True, former=False),
         k.CHUNK,

@@ -44,7 +44,7 @@ STEPS = [Problem(batch=batch, seq_q=1, seq_k=length, layout="paged") for batch, 
 LONG = [Problem(seq_q=65536, seq_k=65536)]
 
 
-@pytest.mark.parametrize(("file", "problems"), [("decode", STEPS), ("forward", LONG)])
+@pytest.mark.parametrize(("file", "problems"), [("decode", STEPS), ("forward", LONG), ("backward", LONG)])
 def test_the_configs_of_the_benchmarks_are_legal(file: str, problems: list[Problem]) -> None:
     tries = read_tries(Path(__file__).parents[2] / "benchmarks" / "tries" / f"{file}.jsonl")
     for family in {family for family, _ in tries}:
