@@ -20,12 +20,12 @@ from . import checks
 def whole_number(name: str, value: Any, least: int | None = None) -> int:
     """A count as an int: of what is one in Python, NumPy or a tensor, but no bool."""
     kind = "an int" if least is None else f"an int of at least {least}"
-    remedy = "Convert it by int() where that loses nothing." if least is None else ""
     try:
         found = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         found = None
     if found is None or (least is not None and found < least):
+        remedy = "Convert it by int() where that loses nothing." if found is None else f"Count from {least} on."
         raise InvalidInput(f"{name} must be {kind}", {name: value}, remedy)
     return found
 
@@ -37,7 +37,7 @@ def sequence_numbers(sequences: Sequence[int], max_batch: int) -> tuple[int, ...
         given = tuple(sequences)
     except TypeError:
         raise InvalidInput("sequences must be a list of ints", {"sequences": sequences}, remedy) from None
-    named = tuple(whole_number("a sequence's number", sequence) for sequence in given)
+    named = tuple(whole_number("sequence", sequence) for sequence in given)
     if not named or len(set(named)) < len(named) or not all(0 <= sequence < max_batch for sequence in named):
         values = {"sequences": list(named), "max_batch": max_batch}
         raise InvalidInput("sequences must be named once each, by numbers below max_batch", values, remedy)
