@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..config import NSAConfig
+from ..dispatch.dispatcher import Dispatcher
 from ..errors import InvalidConfig, InvalidInput
+from ..ops import paged_checks
 from ..ops.checks import check_cu_seqlens
 from ..ops.decode import decode_attention
 from ..ops.prefill import prefill_attention
@@ -18,9 +21,6 @@ from ..paged import positions_of
 from .cache import MAX_NEW, KVCache
 from .page_table import Rows
 from .phi import Phi
-
-if TYPE_CHECKING:
-    from ..dispatch.dispatcher import Dispatcher
 
 COMPRESSIONS = ("mlp", "mean")
 
@@ -92,15 +92,21 @@ class NativeSparseAttention(nn.Module):
     def prefill(self, x: Tensor, cache: KVCache, sequences: Sequence[int] | None = None) -> Tensor:
         """Appends the tokens x `[B, T, hidden]` and attends; T may be a whole prompt or the next chunk of one.
 
-        Rows of x belong to `sequences`, by default to all of the cache. Returns the shape of x; raises CacheFull or
-        InvalidInput, and then the cache is as it was.
+        Rows of x belong to `sequences`, by default to all of the cache, those that were freed included. Returns the
+        shape of x; raises CacheFull or InvalidInput, and then the cache is as it was.
         """
-        named = tuple(range(cache.max_batch) if sequences is None else sequences)
-        self._check_step(x, cache, named)
+        self._check_step(x, cache)
+        named = tuple(range(cache.max_batch))
+        if sequences is not None:
+            named = paged_checks.sequence_numbers(sequences, cache.max_batch)
+        _check_rows(x, len(named), "Name those that x has rows for: prefill(x, cache, [0, 2]), say.")
         with cache.step(x.shape[1], named) as rows:
-            q, gates = self._append(x, cache, rows, folded=False)
             now = cache.host_lengths
             lengths = [now[row] for row in named]
+            capacity = rows.table.shape[1] * cache.pools.page_size
+            limit = paged_checks.length_limit(rows.max_length, capacity, x.shape[1])
+            paged_checks.check_held(lengths, rows.table, x.shape[1], len(named), limit)  # before anything is written
+            q, gates = self._append(x, cache, rows, folded=False)
             how: dict[str, Any] = {"config": self.config, "dispatcher": self.dispatcher, "strict": self.strict}
             o = prefill_attention(q, gates, cache.pools, rows.table, lengths, **how)
             out: Tensor = self.out_proj(o.flatten(-2))
@@ -114,7 +120,8 @@ class NativeSparseAttention(nn.Module):
         hold it: `cache.reserve` before, `cache.advance` before each replay. Raises CacheFull or InvalidInput, and then
         the cache is as it was.
         """
-        self._check_step(x, cache, range(cache.max_batch))
+        self._check_step(x, cache)
+        _check_rows(x, cache.max_batch, "A step has rows for all, those that were freed included, which are not read.")
         if x.shape[1] > MAX_NEW:
             remedy = "Use prefill() for more."
             raise InvalidInput(f"a decode step takes up to {MAX_NEW} tokens", {"tokens": x.shape[1]}, remedy)
@@ -133,10 +140,16 @@ class NativeSparseAttention(nn.Module):
         return out
 
     def cache_sizes(self) -> dict[str, Any]:
-        """What `KVCache.paged` and `contiguous` must know of the module; `dtype` may be replaced by float8_e4m3fn."""
+        """What `KVCache.paged` and `contiguous` must know of the module; `dtype` may be replaced by float8_e4m3fn.
+
+        Within torch.autocast the dtype is the one of its products, as the keys' will be.
+        """
         weight = self.q_proj.weight
+        kind, dtype = weight.device.type, weight.dtype
+        if dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
         sizes = {"num_kv_heads": self.num_kv_heads, "d_qk": self.d_qk, "d_v": self.d_v, "config": self.config}
-        return {**sizes, "share_kv": self.share_kv, "dtype": weight.dtype, "device": weight.device}
+        return {**sizes, "share_kv": self.share_kv, "dtype": dtype, "device": weight.device}
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Queries, gates (cmp, slc, win), and k, v, k_slc, v_slc, k_win, v_win as far as they are kept apart."""
@@ -185,15 +198,20 @@ class NativeSparseAttention(nn.Module):
         if self.compression not in COMPRESSIONS:
             known = f"Use {' or '.join(map(repr, COMPRESSIONS))}."
             raise InvalidConfig("compression must name a known phi", {"compression": self.compression}, known)
-        if self.rope_theta is not None and (self.d_qk % 2 or not self.rope_theta > 0):
-            values = {"d_qk": self.d_qk, "rope_theta": self.rope_theta}
+        theta: object = self.rope_theta
+        number = isinstance(theta, int | float) and not isinstance(theta, bool) and 0 < theta < math.inf
+        if theta is not None and (self.d_qk % 2 or not number):
+            values = {"d_qk": self.d_qk, "rope_theta": theta}
             raise InvalidConfig("rotary needs an even d_qk and a positive theta", values, "Or pass rope_theta=None.")
+        if self.dispatcher is not None and not isinstance(self.dispatcher, Dispatcher):
+            values = {"dispatcher": type(self.dispatcher).__name__}
+            raise InvalidConfig("dispatcher must be a Dispatcher", values, "Leave it out for the default database's.")
 
-    def _check_step(self, x: Tensor, cache: KVCache, sequences: Sequence[int]) -> None:
+    def _check_step(self, x: Tensor, cache: KVCache) -> None:
         self._check_input(x, None)
-        if x.shape[0] != len(sequences):
-            values = {"shape": tuple(x.shape), "sequences": len(sequences)}
-            raise InvalidInput("x must have a row for each sequence of the cache", values, "Or name the sequences.")
+        if not isinstance(cache, KVCache):
+            values = {"cache": type(cache).__name__}
+            raise InvalidInput("cache must be a KVCache", values, "Make it by KVCache.paged(.., **cache_sizes()).")
         if cache.config != self.config:
             values = {"module": str(self.config), "cache": str(cache.config)}
             raise InvalidInput("the cache must be made for the module's NSA constants", values, "Use cache_sizes().")
@@ -249,6 +267,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the pairs (i, i + D/2) of x `[.., T, H, D]` in the dtype of the angles; keeps the dtype of x."""
     first, second = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def _check_rows(x: Tensor, sequences: int, remedy: str) -> None:
+    if x.shape[0] != sequences:
+        values = {"shape": tuple(x.shape), "sequences": sequences}
+        raise InvalidInput("x must have a row for each sequence of the cache", values, remedy)
 
 
 def _per_branch(branches: tuple[str, ...], hidden_size: int, width: int, bias: bool) -> nn.ModuleDict:

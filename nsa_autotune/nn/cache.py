@@ -20,6 +20,7 @@ from ..ops.append import Phi
 from ..ops.append import append as append_tokens
 from ..ops.decode import decode_counters
 from ..paged import FP8, CachePools, Pages
+from .engine_table import EngineTable
 from .page_table import PageTable, Rows
 
 MAX_NEW = MAX_NEW_TOKENS  # query tokens of a decode step
@@ -42,36 +43,12 @@ class LayerSizes:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InvalidConfig(f"{name} must be a positive int", {name: value})
+        if not isinstance(self.config, NSAConfig):
+            values = {"config": type(self.config).__name__}
+            raise InvalidConfig("config must be an NSAConfig", values, "Take it from the module's cache_sizes().")
         if self.dtype not in PAGE_DTYPES:
             known = f"Use one of {', '.join(map(str, PAGE_DTYPES))}."
             raise InvalidConfig("dtype must be one that pages can have", {"dtype": str(self.dtype)}, known)
-
-
-class EngineTable:
-    """The block table and lengths of a serving engine, which counts tokens and hands out pages itself."""
-
-    def __init__(self, table: Tensor, lengths: Tensor, max_length: int | None) -> None:
-        self.table, self.lengths, self.max_length = table, lengths, max_length
-
-    @property
-    def max_batch(self) -> int:
-        """Rows of the block table."""
-        return self.table.shape[0]
-
-    @property
-    def host_lengths(self) -> tuple[int, ...]:
-        """Tokens of each sequence; waits for the device."""
-        return tuple(self.lengths.tolist())
-
-    def begin(self, layer: int, num_new: int, sequences: Sequence[int] | None = None) -> Rows:
-        """The engine has counted the new tokens already."""
-        if sequences is None:
-            return Rows(self.table, self.lengths, self.max_length)
-        index = torch.tensor(sequences, device=self.table.device)
-        return Rows(self.table[index], self.lengths[index], self.max_length)
-
-    def undo(self, layer: int) -> None:
-        """Nothing was counted here."""
 
 
 class KVCache:
@@ -85,6 +62,7 @@ class KVCache:
     def __init__(
         self, pools: CachePools, pages: PageTable | EngineTable, config: NSAConfig, *, debug: bool = False
     ) -> None:
+        paged_checks.check_kinds(pools, config)
         paged_checks.check_pools(pools, pools.k_raw.data[:1], config)
         self.pools, self.pages, self.config, self.debug = pools, pages, config, debug
         self._sizes: LayerSizes | None = None
@@ -150,7 +128,6 @@ class KVCache:
         Pages are taken, shared and given back by the engine; here tokens are only written and read. No sequence will
         be longer than `max_length`, by default what the block table has room for.
         """
-        paged_checks.check_table(block_table, lengths, block_table)
         return cls(pools, EngineTable(block_table, lengths, max_length), config, debug=debug)
 
     @classmethod
@@ -218,6 +195,7 @@ class KVCache:
             v_slc=keys.get("v_slc"),
             k_win=keys.get("k_win"),
             v_win=keys.get("v_win"),
+            max_length=rows.max_length,
             dispatcher=dispatcher,
             strict=strict,
             debug=self.debug,
@@ -247,6 +225,13 @@ class KVCache:
         with self.step(k.shape[1], sequences) as rows:
             self.write(rows, keys, phi_k, phi_v)
 
+    def undo(self) -> None:
+        """Takes back, for all layers, a step that some of them have not taken: one failed, and none will follow.
+
+        Where all have taken the last step nothing happens; `truncate` is for that.
+        """
+        self._owned("undo").undo()
+
     def reserve(self, tokens: int) -> None:
         """See `PageTable.reserve`; all layers at once, as everything below."""
         self._owned("reserve").reserve(tokens)
@@ -273,6 +258,7 @@ class KVCache:
         raise InvalidInput(f"{act} is for the serving engine, which owns the pages", {}, "Change its block table.")
 
 
+@torch.inference_mode(False)  # else no step outside of it could write to them
 def new_pools(pages: PageTable, sizes: LayerSizes) -> CachePools:
     """Zeroed pools of one layer for the pages of a table."""
     cells = pages.page_size // sizes.config.compress_stride

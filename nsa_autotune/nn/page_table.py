@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import CacheFull, InvalidConfig, InvalidInput
 from ..ops.decode import length_bound
+from ..ops.paged_checks import sequence_numbers, whole_number
 from ..paged import CachePools, stored
 from ..spec import PAGE_SIZES
 from .pages import Changes, PageBook
@@ -49,6 +50,7 @@ class PageTable:
     `max_tokens` worth of pages side by side from the start, and `num_pages` is not read.
     """
 
+    @torch.inference_mode(False)  # else no step outside of it could change these tensors
     def __init__(
         self,
         *,
@@ -100,7 +102,8 @@ class PageTable:
         Raises CacheFull, or InvalidInput for a layer that appends other tokens than the one before it; then nothing
         has changed. While a CUDA graph is captured the host's book stays as it is: see `advance`.
         """
-        named = None if sequences is None else tuple(int(sequence) for sequence in sequences)
+        num_new = whole_number("tokens", num_new)
+        named = None if sequences is None else sequence_numbers(sequences, self.max_batch)
         if self._done[layer] == self._steps:
             self._level("begin another step")
             self._step = self._extend(num_new, named)
@@ -136,11 +139,12 @@ class PageTable:
     def reserve(self, tokens: int) -> None:
         """Pages for `tokens` tokens in every sequence, later ones too: until then no step changes the table."""
         self._level("reserve")
+        tokens = whole_number("tokens", tokens, least=0)
         self._book.check_capacity(tokens)
         before, self._book.reserved = self._book.reserved, max(tokens, self._book.reserved)
         try:
             self._grow(dict.fromkeys(self._book.active(), tokens))
-        except CacheFull:
+        except BaseException:  # a capture refuses, too
             self._book.reserved = before
             raise
 
@@ -151,6 +155,7 @@ class PageTable:
         fewer tokens: for what was reserved then, rounded up as `ops.decode.length_bound` does.
         """
         self._level("advance")
+        num_new = whole_number("tokens", num_new)
         rows = self._book.active()
         most = max((self._book.rows[row].length + num_new for row in rows), default=0)
         if self._captured is not None and most > self._captured:
@@ -164,8 +169,7 @@ class PageTable:
     def fork(self, source: int, target: int) -> None:
         """Gives `target`, which must be empty, the tokens of `source`: full pages are shared, a partial one copied."""
         self._level("fork")
-        self._book.check_names((source,))
-        self._book.check_names((target,))
+        (source,), (target,) = self._book.numbers(source), self._book.numbers(target)
         self._apply(self._book.fork(source, target))
         self._set_length(target, self._book.rows[source].length)
         self._set_active(target, True)
@@ -173,7 +177,7 @@ class PageTable:
     def truncate(self, sequence: int, length: int) -> None:
         """Takes the tokens from `length` on back; pages that held nothing else are free, unless reserved."""
         self._level("truncate")
-        self._book.check_names((sequence,))
+        (sequence,), length = self._book.numbers(sequence), whole_number("length", length)
         now = self._book.rows[sequence].length
         if not 0 <= length <= now:
             values = {"length": length, "tokens": now}
@@ -182,19 +186,20 @@ class PageTable:
         self._apply(self._book.trim((sequence,)))
 
     def free(self, sequence: int) -> None:
-        """Empties a sequence and gives its pages back; it takes no tokens until it is named again."""
+        """Empties a sequence and gives its pages back; it takes no tokens until it is named again.
+
+        A `prefill` that names no sequences names all of them.
+        """
         self._level("free")
-        self._book.check_names((sequence,))
+        (sequence,) = self._book.numbers(sequence)
         self._set_length(sequence, 0)
         self._set_active(sequence, False)
         self._apply(self._book.trim((sequence,)))
 
     def _extend(self, num_new: int, named: tuple[int, ...] | None) -> _Step:
-        if named is not None:
-            self._book.check_names(named)
-            if _capturing(self.lengths):
-                remedy = "Capture decode_step(), which names none."
-                raise InvalidInput("a step of named sequences cannot be captured", {"sequences": named}, remedy)
+        if named is not None and _capturing(self.lengths):
+            remedy = "Capture decode_step(), which names none."
+            raise InvalidInput("a step of named sequences cannot be captured", {"sequences": named}, remedy)
         rows = self._book.active() if named is None else named
         self._make_room(rows, num_new)
         woken = tuple(row for row in rows if not self._book.rows[row].active)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ..errors import CacheFull, InvalidInput
+from ..ops.paged_checks import sequence_numbers
 
 
 class PageAllocator:
@@ -81,12 +82,9 @@ class PageBook:
         """Numbers of the active sequences."""
         return tuple(number for number, row in enumerate(self.rows) if row.active)
 
-    def check_names(self, sequences: Sequence[int]) -> None:
-        """Every number is one of a sequence, and named once."""
-        wrong = [s for s in sequences if not 0 <= s < len(self.rows)]
-        if wrong or not sequences or len(set(sequences)) < len(sequences):
-            values = {"sequences": list(sequences), "max_batch": len(self.rows)}
-            raise InvalidInput("sequences must be named once each, by numbers below max_batch", values)
+    def numbers(self, *sequences: int) -> tuple[int, ...]:
+        """The given numbers as ints, if each is one of a sequence, and named once."""
+        return sequence_numbers(sequences, len(self.rows))
 
     def check_capacity(self, tokens: int) -> None:
         """A sequence may have so many tokens."""

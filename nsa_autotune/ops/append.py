@@ -62,6 +62,7 @@ def append(
     v_slc: Tensor | None = None,
     k_win: Tensor | None = None,
     v_win: Tensor | None = None,
+    max_length: int | None = None,
     dispatcher: Dispatcher | None = None,
     strict: bool = False,
     debug: bool = False,
@@ -72,15 +73,19 @@ def append(
     not have are skipped. Compressed rows are made by phi, or by the mean without; PhiWeights are folded in every call,
     so pass what `fold` made of them. Branches with pools of their own bring their own keys and values. More than 8
     tokens are written by PyTorch, which waits for the device. debug: check table and lengths, which waits too; on the
-    CPU that is always done. Pools change in place. Raises InvalidInput before anything is written.
+    CPU that is always done, and then no sequence may be longer than max_length. Pools change in place. Raises
+    InvalidInput before anything is written.
     """
+    paged_checks.check_kinds(pools, config)
     given = {"raw": (k, v), "slc": (k_slc, v_slc), "win": (k_win, v_win)}
     news = _branches(given, pools, config)
     _check_phi(phi_k, phi_v, news, config)
     paged_checks.check_table(block_table, lengths, k)
+    limit = block_table.shape[1] * pools.page_size
+    if max_length is not None:
+        limit = paged_checks.length_limit(max_length, limit, k.shape[1])
     if debug or checks.values_are_known(lengths):
-        capacity = block_table.shape[1] * pools.page_size
-        paged_checks.check_values(block_table, lengths, pools, k.shape[1], capacity)
+        paged_checks.check_values(block_table, lengths, pools, k.shape[1], limit)
     step = _Step(pools, block_table, lengths, config, serve.from_handle(serve.handle_of(dispatcher, strict), k))
     if serve.on_kernels(k) and k.shape[1] <= MAX_NEW_TOKENS:
         _on_kernels(step, news, phi_k, phi_v)

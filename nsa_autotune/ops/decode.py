@@ -13,6 +13,7 @@ from .. import kernels, paged
 from ..config import NSAConfig
 from ..dispatch.dispatcher import Dispatcher
 from ..errors import InvalidInput
+from ..kernels._paged import MAX_NEW_TOKENS
 from ..paged import CachePools, Pages
 from ..spec import Problem
 from . import checks, paged_checks, serve
@@ -20,6 +21,7 @@ from . import checks, paged_checks, serve
 LEAST_BOUND = 1024  # tokens: lengths below share kernels and grids
 
 
+@torch.inference_mode(False)  # else no step outside of it could use them
 def decode_counters(batch: int, num_new: int, num_kv_heads: int, device: torch.device | str) -> Tensor:
     """Zeros with which the programs of a step find out who is last; every step leaves them zero."""
     return torch.zeros(batch * num_new * num_kv_heads, dtype=torch.int32, device=device)
@@ -54,21 +56,20 @@ def decode_attention(
     is always done. Raises InvalidInput.
     """
     checks.check_query(q, None)
+    if q.shape[1] > MAX_NEW_TOKENS:
+        values = {"new tokens": q.shape[1]}
+        raise InvalidInput(f"a decode step takes up to {MAX_NEW_TOKENS} tokens", values, "Use prefill_attention().")
     checks.check_gates(gates, q)
     paged_checks.check_pools(pools, q, config)
     paged_checks.check_table(block_table, lengths, q)
-    capacity = block_table.shape[1] * pools.page_size
-    bound = capacity if max_length is None else min(max_length, capacity)
-    if bound < q.shape[1]:
-        values = {"max_length": bound, "new tokens": q.shape[1]}
-        raise InvalidInput("max_length must be at least the number of new tokens", values)
+    num_heads = pools.k_cmp.data.shape[2]
+    paged_checks.check_counters(counters, q, num_heads)
+    bound = paged_checks.length_limit(max_length, block_table.shape[1] * pools.page_size, q.shape[1])
     if debug or checks.values_are_known(lengths):
         paged_checks.check_values(block_table, lengths, pools, q.shape[1], bound)
     factor = serve.scale_of(q, scale)
     if not serve.on_kernels(q):
         return paged.decode_attention(q, gates, pools, block_table, lengths, config, factor)
-    num_heads = pools.k_cmp.data.shape[2]
-    paged_checks.check_counters(counters, q, num_heads)
     step = _Step(
         q if q.stride(-1) == 1 else q.contiguous(),
         pools,

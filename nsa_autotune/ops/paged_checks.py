@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +17,64 @@ from ..spec import PAGE_SIZES
 from . import checks
 
 
-def check_pools(pools: CachePools, q: Tensor, config: NSAConfig) -> None:
-    """Every pool is [P, ROWS, H, D] beside q, of its dtype or fp8 with scales, and holds pages of one size."""
+def whole_number(name: str, value: Any, least: int | None = None) -> int:
+    """A count as an int: of what is one in Python, NumPy or a tensor, but no bool."""
+    kind = "an int" if least is None else f"an int of at least {least}"
+    try:
+        found = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        found = None
+    if found is None or (least is not None and found < least):
+        remedy = "Convert it by int() where that loses nothing." if found is None else f"Count from {least} on."
+        raise InvalidInput(f"{name} must be {kind}", {name: value}, remedy)
+    return found
+
+
+def sequence_numbers(sequences: Sequence[int], max_batch: int) -> tuple[int, ...]:
+    """The sequences of a step: ints below `max_batch`, each named once."""
+    remedy = f"Pass a list of numbers from 0 to {max_batch - 1}."
+    try:
+        given = tuple(sequences)
+    except TypeError:
+        raise InvalidInput("sequences must be a list of ints", {"sequences": sequences}, remedy) from None
+    named = tuple(whole_number("sequence", sequence) for sequence in given)
+    if not named or len(set(named)) < len(named) or not all(0 <= sequence < max_batch for sequence in named):
+        values = {"sequences": list(named), "max_batch": max_batch}
+        raise InvalidInput("sequences must be named once each, by numbers below max_batch", values, remedy)
+    return named
+
+
+def length_limit(max_length: int | None, capacity: int, num_new: int) -> int:
+    """Tokens that no sequence has more of: `max_length`, or what the block table has room for."""
+    limit = capacity if max_length is None else min(whole_number("max_length", max_length), capacity)
+    if limit < num_new:
+        values = {"max_length": limit, "new tokens": num_new}
+        remedy = "It counts the new tokens; leave it out for all that the block table has room for."
+        raise InvalidInput("max_length must be at least the number of new tokens", values, remedy)
+    return limit
+
+
+def check_held(host_lengths: Sequence[int], table: Tensor, num_new: int, batch: int, limit: int) -> None:
+    """Every sequence of a chunk has its new tokens counted, and no more tokens than `limit`."""
+    if len(host_lengths) != batch or table.shape[0] != batch or min(host_lengths) < num_new:
+        values = {"new tokens": (batch, num_new), "block_table": tuple(table.shape), "lengths": list(host_lengths)}
+        raise InvalidInput("every sequence must hold the new tokens already", values, "Append before you attend.")
+    if max(host_lengths) > limit:
+        longest = {"length": max(host_lengths), "capacity": limit}
+        raise InvalidInput("a length must lie between 0 and the capacity", longest, "Reserve more pages.")
+
+
+def check_kinds(pools: CachePools, config: NSAConfig) -> None:
+    """Both are of our classes."""
     if not isinstance(pools, CachePools):
         raise InvalidInput("pools must be CachePools", {"pools": type(pools).__name__}, "Take them from a KVCache.")
+    if not isinstance(config, NSAConfig):
+        raise InvalidInput("config must be an NSAConfig", {"config": type(config).__name__}, "Use NSAConfig(...).")
+
+
+def check_pools(pools: CachePools, q: Tensor, config: NSAConfig) -> None:
+    """Every pool is [P, ROWS, H, D] beside q, of its dtype or fp8 with scales, and holds pages of one size."""
+    check_kinds(pools, config)
     asked = (q.dtype, q.device, q.shape[2:], config)
     if asked in pools.fits:  # what was checked stays so, and checking takes longer than a launch
         return
@@ -54,10 +111,11 @@ def check_pages(name: str, pages: Pages, q: Tensor, rows: int) -> None:
     """One pool: [P, rows, H, D] with contiguous heads of vectors, and scales [P, H] float32 if it is fp8."""
     data, scale = pages.data, pages.scale
     facts = {"shape": tuple(data.shape), "dtype": str(data.dtype), "device": str(data.device)}
-    if data.ndim != 4 or data.shape[1] != rows:
+    if data.ndim != 4 or data.shape[1] != rows or 0 in data.shape:
         raise InvalidInput(f"{name} must be [P, {rows}, H, D]", facts, "Cells are page_size / compress_stride a page.")
     if data.device != q.device or data.dtype not in (q.dtype, FP8):
-        raise InvalidInput(f"{name} must be on {q.device} and of {q.dtype} or {FP8}", facts, "Build the cache for it.")
+        remedy = "Build the cache for it; for torch.autocast, take cache_sizes() within it."
+        raise InvalidInput(f"{name} must be on {q.device} and of {q.dtype} or {FP8}", facts, remedy)
     if data.stride(3) != 1 or any(
         stride * data.element_size() % checks.ALIGNMENT_BYTES for stride in data.stride()[:3]
     ):
@@ -79,6 +137,12 @@ def check_pages(name: str, pages: Pages, q: Tensor, rows: int) -> None:
 
 def check_table(table: Tensor, lengths: Tensor, q: Tensor) -> None:
     """table is int32 [B, MP] and lengths int32 [B], on the device of q."""
+    for name, x in (("block_table", table), ("lengths", lengths)):
+        if not isinstance(x, Tensor):
+            values = {name: type(x).__name__}
+            raise InvalidInput(f"{name} must be an int32 tensor", values, "Use torch.tensor(.., dtype=torch.int32).")
+        if x.ndim < 1:
+            raise InvalidInput(f"{name} must have a row for each sequence", {"shape": tuple(x.shape)}, "Reshape it.")
     for name, x, want in (("block_table", table, (q.shape[0], -1)), ("lengths", lengths, (q.shape[0],))):
         facts = {"shape": tuple(x.shape), "dtype": str(x.dtype), "device": str(x.device)}
         fits = x.ndim == len(want) and x.shape[0] == want[0] and x.dtype == torch.int32 and x.device == q.device
@@ -117,7 +181,9 @@ def check_values(table: Tensor, lengths: Tensor, pools: CachePools, num_new: int
 def check_counters(counters: Tensor, q: Tensor, num_heads: int) -> None:
     """counters is int32 with room for every new token and kv head."""
     need = q.shape[0] * q.shape[1] * num_heads
+    remedy = "Take them from decode_counters(), once for all steps."
+    if not isinstance(counters, Tensor):
+        raise InvalidInput("counters must be a tensor", {"counters": type(counters).__name__}, remedy)
     if counters.dtype != torch.int32 or counters.numel() < need or counters.device != q.device:
         values = {"dtype": str(counters.dtype), "elements": counters.numel(), "device": str(counters.device)}
-        remedy = "Take them from decode_counters(), once for all steps."
         raise InvalidInput(f"counters must be int32 with at least {need} elements on {q.device}", values, remedy)

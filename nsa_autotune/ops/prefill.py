@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..config import NSAConfig
 from ..dispatch.dispatcher import Dispatcher
-from ..errors import InvalidInput
 from ..layout import PackedLayout, packed_layout
 from ..paged import CachePools, Pages, first_cell, rows_at
 from . import checks, paged_checks, serve, whole
@@ -39,9 +38,7 @@ def prefill_attention(
     checks.check_gates(gates, q)
     paged_checks.check_pools(pools, q, config)
     batch, num_new = q.shape[:2]
-    if len(host_lengths) != batch or block_table.shape[0] != batch or min(host_lengths) < num_new:
-        values = {"q": tuple(q.shape), "block_table": tuple(block_table.shape), "lengths": list(host_lengths)}
-        raise InvalidInput("every sequence must hold the new tokens already", values, "Append before you attend.")
+    paged_checks.check_held(host_lengths, block_table, num_new, batch, block_table.shape[1] * pools.page_size)
     layout = _layout(host_lengths, num_new, block_table.device, config)
     if layout is None:
         tokens, compressed = _batched_rows(block_table, host_lengths[0], config)

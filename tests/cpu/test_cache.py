@@ -178,6 +178,23 @@ def test_a_captured_step_counts_on_the_device_alone(monkeypatch: pytest.MonkeyPa
     assert cache.host_lengths == (17, 17)
 
 
+def test_numbers_of_other_kinds_count_as_ints() -> None:
+    cache = paged()
+    k = give(cache, 5, torch.tensor([0, 2]))
+    cache.truncate(torch.tensor(2), torch.tensor(3))
+    assert cache.host_lengths == (5, 0, 3) and type(cache.host_lengths[2]) is int
+    holds(cache, 2, k[1, :3])
+
+
+def test_a_reservation_that_a_capture_refuses_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = paged()
+    give(cache, 5)
+    monkeypatch.setattr(page_table, "_capturing", lambda x: True)
+    with pytest.raises(InvalidInput, match="no page can be taken"):
+        cache.reserve(50)
+    give(cache, 1)  # which has room
+
+
 def test_a_graph_is_not_replayed_beyond_what_it_was_captured_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its kernels look at no more tokens than were reserved, rounded up to a power of two from 1024 on."""
     cache = paged(max_batch=1, max_tokens=4096, num_pages=16, page_size=256)
@@ -225,10 +242,10 @@ def test_layers_take_each_step_once() -> None:
     k = give(second, 4)
     holds(second, 2, k[2])
     give(first, 20)
-    first.pages.undo()  # say the model failed between its layers
+    first.undo()  # say the model failed between its layers
     assert first.host_lengths == (4, 4, 4) and first.pages.num_free == 12 - 3
     holds(second, 2, k[2])
-    first.pages.undo()  # nothing is unfinished
+    second.undo()  # nothing is unfinished
     assert first.lengths.tolist() == [4, 4, 4]
     with pytest.raises(InvalidInput, match="before the first token"):
         first.another_layer()
@@ -312,6 +329,21 @@ def test_fp8_pages_keep_their_scales_through_a_fork() -> None:
         (lambda c: c.fork(0, 1), InvalidInput, r"empty one.*free\(target\)"),
         (lambda c: c.fork(0, 7), InvalidInput, "below max_batch"),
         (lambda c: c.advance(0), InvalidInput, "at least one token"),
+        (lambda c: c.advance(1.5), InvalidInput, r"tokens must be an int; got tokens=1\.5"),
+        (lambda c: c.advance(True), InvalidInput, "tokens must be an int; got tokens=True"),
+        (lambda c: c.reserve(30.5), InvalidInput, r"tokens must be an int of at least 0; got tokens=30\.5"),
+        (lambda c: c.reserve(-5), InvalidInput, "tokens must be an int of at least 0; got tokens=-5"),
+        (lambda c: c.reserve(True), InvalidInput, "tokens must be an int of at least 0"),
+        (lambda c: c.truncate(0, 2.5), InvalidInput, r"length must be an int; got length=2\.5"),
+        (lambda c: c.truncate(0, 2.0), InvalidInput, r"length must be an int; got length=2\.0"),
+        (lambda c: c.truncate(0, "2"), InvalidInput, "length must be an int; got length='2'"),
+        (lambda c: c.truncate(False, 2), InvalidInput, "sequence must be an int"),
+        (lambda c: c.fork(0.0, 1.0), InvalidInput, "sequence must be an int"),
+        (lambda c: c.free("a"), InvalidInput, "sequence must be an int"),
+        (lambda c: c.pages.begin(0, 1.5), InvalidInput, "tokens must be an int"),
+        (lambda c: c.pages.begin(0, 1, 1), InvalidInput, "sequences must be a list of ints; got sequences=1"),
+        (lambda c: c.pages.begin(0, 1, "a"), InvalidInput, "sequence must be an int"),
+        (lambda c: c.pages.begin(0, 1, [0.7]), InvalidInput, r"sequence must be an int.*0\.7"),
         (lambda c: give(c, 92), CacheFull, "outgrow"),
         (lambda c: give(c, 70), CacheFull, "pages needed=12, free=9, of=12"),
     ],
@@ -321,7 +353,8 @@ def test_bad_acts_are_refused_and_change_nothing(act: Any, error: type[Exception
     k = give(cache, 5)
     with pytest.raises(error, match=sentence):
         act(cache)
-    assert cache.pages.num_free == 9
+    assert cache.pages.num_free == 9 and cache.pages._book.reserved == 0
+    assert cache.host_lengths == (5, 5, 5) and cache.lengths.tolist() == [5, 5, 5]
     more = give(cache, 20)
     for row in range(3):
         holds(cache, row, torch.cat([k[row], more[row]]))
@@ -341,6 +374,7 @@ def test_bad_acts_are_refused_and_change_nothing(act: Any, error: type[Exception
         ({"num_pages": 0}, "num_pages must be a positive int"),
         ({"max_batch": 2.0}, "max_batch must be a positive int"),
         ({"d_v": 0}, "d_v must be a positive int"),
+        ({"config": None}, "config must be an NSAConfig; got config='NoneType'"),
     ],
     ids=str,
 )
@@ -374,6 +408,53 @@ def test_a_wrong_block_table_is_refused_before_anything_is_written(
     with pytest.raises(InvalidInput, match=sentence):
         cache.append(torch.randn(2, 1, 1, 32), torch.randn(2, 1, 1, 16))
     assert cache.pools.k_raw.data.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("sequences", "sentence"),
+    [
+        ([-1], r"below max_batch; got sequences=\[-1\], max_batch=2.*from 0 to 1"),
+        ([5], "below max_batch"),
+        ([0, 0], "named once each"),
+        ([0.7], "sequence must be an int"),
+        (1, "sequences must be a list of ints"),
+    ],
+    ids=str,
+)
+def test_an_engine_names_sequences_that_exist(sequences: Any, sentence: str) -> None:
+    cache = engine([[0, 1], [2, 3]], [1, 1])
+    count = len(sequences) if isinstance(sequences, list) else 1
+    with pytest.raises(InvalidInput, match=sentence):
+        cache.append(torch.randn(count, 1, 1, 32), torch.randn(count, 1, 1, 16), sequences=sequences)
+    assert cache.pools.k_raw.data.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"pools": None}, "pools must be CachePools; got pools='NoneType'"),
+        ({"config": None}, "config must be an NSAConfig; got config='NoneType'"),
+        ({"config": {}}, "config must be an NSAConfig; got config='dict'"),
+        ({"block_table": [[0, 1]]}, "block_table must be an int32 tensor; got block_table='list'"),
+        ({"block_table": int32(0)}, r"block_table must have a row for each sequence; got shape=\(\)"),
+        ({"lengths": [1]}, "lengths must be an int32 tensor; got lengths='list'"),
+        ({"max_length": 0}, "max_length must be an int of at least 1; got max_length=0"),
+        ({"max_length": -1}, "max_length must be an int of at least 1"),
+        ({"max_length": "x"}, "max_length must be an int of at least 1"),
+        ({"max_length": True}, "max_length must be an int of at least 1"),
+    ],
+    ids=str,
+)
+def test_what_no_engine_has_is_refused(changes: dict[str, Any], sentence: str) -> None:
+    given = {"pools": paged().pools, "block_table": int32([[0, 1]]), "lengths": int32([1]), "config": CONFIG}
+    with pytest.raises(InvalidInput, match=sentence):
+        KVCache.from_engine(**{**given, **changes})
+
+
+def test_pools_without_heads_are_refused() -> None:
+    pools = replace(paged().pools, k_cmp=Pages(torch.zeros(12, 4, 0, 32)))
+    with pytest.raises(InvalidInput, match=r"k_cmp must be \[P, 4, H, D\]"):
+        KVCache.from_engine(pools, int32([[0, 1]]), int32([1]), config=CONFIG)
 
 
 def test_an_engine_may_share_pages_that_nobody_writes() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cpu.cache_fakes import fill_with_nan
+from cpu.cache_fakes import fill_with_nan, int32
 from torch import Tensor
 
 from nsa_autotune import KVCache, NativeSparseAttention, NSAConfig
@@ -168,6 +168,31 @@ def test_layers_share_one_table() -> None:
     assert first.host_lengths == (40, 40)
 
 
+def test_a_step_that_a_layer_failed_in_is_taken_back() -> None:
+    layers, x = [build(), build()], torch.randn(2, 40, HIDDEN)
+    first = cache_for(layers[0], 2, tokens=48, num_pages=6)
+    caches = [first, first.another_layer()]
+    first.free(1)
+
+    def model(part: Tensor, how: str, last: NativeSparseAttention = layers[1]) -> Tensor:
+        for layer, cache in zip([layers[0], last], caches, strict=True):
+            part = part + getattr(layer, how)(part, cache)
+        return part
+
+    for how, tokens in (("prefill", 30), ("decode_step", 1), ("decode_step", 8)):
+        at = first.host_lengths[0]
+        before = (first.host_lengths, first.lengths.tolist(), first.pages.num_free)
+        with pytest.raises(InvalidInput, match="the head dim of its pool"):
+            model(x[:, at : at + tokens], how, build(d_v=8))
+        with pytest.raises(InvalidInput, match=r"take the step back with undo\(\)"):
+            first.truncate(0, 0)
+        caches[1].undo()
+        assert (first.host_lengths, first.lengths.tolist(), first.pages.num_free) == before
+        got = model(x[:, at : at + tokens], how)
+        want = x + layers[0](x)
+        close(got[0], (want + layers[1](want))[0, at : at + tokens])
+
+
 def test_a_fork_goes_on_by_itself() -> None:
     module, x = build(), torch.randn(3, 70, HIDDEN)
     prompt = x[:1, :43]
@@ -203,6 +228,51 @@ def test_rows_of_freed_sequences_are_ignored() -> None:
     got = decode(module, cache, torch.cat([noise[:1], x[1:]]))
     close(got[1], module(x)[1])
     assert cache.host_lengths == (0, 20) and cache.lengths.tolist() == [0, 20]
+
+
+def test_a_prefill_that_names_none_brings_freed_sequences_back() -> None:
+    module, x = build(), torch.randn(2, 20, HIDDEN)
+    cache = cache_for(module, 2)
+    module.prefill(x[:, :9], cache)
+    cache.free(0)
+    got = module.prefill(torch.cat([x[:1, :5], x[1:, 9:14]]), cache)
+    close(got[0], module(x)[0, :5])
+    close(got[1], module(x)[1, 9:14])
+    assert cache.host_lengths == (5, 14) and cache.lengths.tolist() == [5, 14]
+
+
+def test_a_cache_is_of_no_mode() -> None:
+    """One that was made under inference_mode serves outside of it, and the other way round."""
+    module, x = build(), torch.randn(2, 40, HIDDEN)
+    with torch.inference_mode():
+        first = cache_for(module, 2)
+        caches = [first, first.another_layer()]
+    for cache in caches:
+        module.prefill(x[:, :20], cache)
+    with torch.inference_mode():
+        for cache in caches:
+            module.prefill(x[:, 20:29], cache)
+    for t in range(29, 40):
+        for cache in caches:
+            close(module.decode_step(x[:, t : t + 1], cache), module(x)[:, t : t + 1])
+    first.truncate(0, 3)
+    first.free(1)
+    assert not first.counters.is_inference() and first.lengths.tolist() == [3, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cache_for_autocast_is_made_within_it(dtype: torch.dtype) -> None:
+    module, x = build(d_v=8), torch.randn(1, 15, HIDDEN)
+    assert module.cache_sizes()["dtype"] == torch.float32
+    with torch.autocast("cpu", dtype=dtype):
+        assert build().double().cache_sizes()["dtype"] == torch.float64  # which autocast leaves alone
+        with pytest.raises(InvalidInput, match=r"k_cmp must be.*cache_sizes\(\) within it"):
+            module.prefill(x, cache_for(module, dtype=torch.float32))
+        cache = cache_for(module)
+        got = torch.cat([module.prefill(x[:, :9], cache), decode(module, cache, x[:, 9:])], dim=1)
+        assert cache.pools.k_raw.data.dtype == got.dtype == dtype
+    close(got.float(), module(x), 0.03)
+    assert build().to("meta").cache_sizes()["dtype"] == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -262,6 +332,30 @@ def test_an_engine_keeps_its_tensors() -> None:
         cache.fork(0, 1)
 
 
+@pytest.mark.parametrize(
+    ("how", "lengths", "max_length", "sentence"),
+    [
+        ("prefill", [5, 20], None, r"hold the new tokens already.*lengths=\[5, 20\]"),
+        ("prefill", [0, 20], None, "hold the new tokens already"),
+        ("prefill", [20, 20], 19, "max_length must be at least the number of new tokens; got max_length=19"),
+        ("prefill", [20, 25], 24, "between 0 and the capacity; got length=25, capacity=24"),
+        ("prefill", [20, 49], None, "between 0 and the capacity; got length=49, capacity=48"),
+        ("decode_step", [20, 20], 10, "between 0 and the capacity; got sequence=0, length=20, capacity=10"),
+        ("decode_step", [1, 1], 2, "max_length must be at least the number of new tokens"),
+    ],
+)
+def test_an_engine_that_counts_wrongly_is_told_before_anything_is_written(
+    how: str, lengths: list[int], max_length: int | None, sentence: str
+) -> None:
+    module = build()
+    pools = cache_for(module, 2).pools
+    table = torch.arange(6, dtype=torch.int32).reshape(2, 3)
+    cache = KVCache.from_engine(pools, table, int32(lengths), config=CONFIG, max_length=max_length)
+    with pytest.raises(InvalidInput, match=sentence):
+        getattr(module, how)(torch.randn(2, 20 if how == "prefill" else 3, HIDDEN), cache)
+    assert all(pages.data.isnan().all() for pages in pools.distinct())
+
+
 def test_bad_steps_are_refused_and_leave_the_cache_as_it_was() -> None:
     module, x = build(), torch.randn(1, 40, HIDDEN)
     cache = cache_for(module, tokens=40, num_pages=2)
@@ -272,7 +366,21 @@ def test_bad_steps_are_refused_and_leave_the_cache_as_it_was() -> None:
     free = cache.pages.num_free
     for act, error, sentence in (
         (lambda: module.decode_step(x[:, :9], cache), InvalidInput, "up to 8 tokens.*prefill"),
-        (lambda: module.decode_step(x.expand(2, -1, -1)[:, :1], cache), InvalidInput, "a row for each sequence"),
+        (
+            lambda: module.decode_step(x.expand(2, -1, -1)[:, :1], cache),
+            InvalidInput,
+            "a row for each sequence.*A step has",
+        ),
+        (
+            lambda: module.prefill(x.expand(2, -1, -1)[:, :1], cache),
+            InvalidInput,
+            "a row for each sequence.*Name those",
+        ),
+        (lambda: module.decode_step(x[:, :1], None), InvalidInput, "cache must be a KVCache; got cache='NoneType'"),
+        (lambda: module.prefill(x[:, :1], None), InvalidInput, "cache must be a KVCache"),
+        (lambda: module.prefill(x[:, :1], cache, 1), InvalidInput, "sequences must be a list of ints"),
+        (lambda: module.prefill(x[:, :1], cache, "a"), InvalidInput, "sequence must be an int"),
+        (lambda: module.prefill(x[:, :1], cache, [0.7]), InvalidInput, "sequence must be an int"),
         (lambda: module.prefill(x[:, 20:38], cache), CacheFull, "free page"),
         (lambda: module.prefill(x[:, 20:], cache, [1]), InvalidInput, "below max_batch"),
         (lambda: module.prefill(x[:, :21], cache), CacheFull, "outgrow"),

@@ -160,12 +160,3 @@ def test_what_cannot_work_is_told_in_a_sentence(generate: ModuleType) -> None:
         generate.main([*SMALL, "--draft", "8"])
     with pytest.raises(SystemExit, match="a prompt has tokens"):
         generate.main([*SMALL, "--prompt", ""])
-
-
-def test_what_the_page_about_inference_shows_runs() -> None:
-    """Its Python, in order, on the CPU."""
-    page = (EXAMPLES.parent / "docs" / "inference.md").read_text(encoding="utf-8")
-    found: dict[str, Any] = {}
-    for part in page.split("```python\n")[1:]:
-        exec(part.partition("```")[0], found)
-    assert found["o"].shape == (2, 1, 8, 64) and found["y"].shape == (1, 1, 512)

@@ -135,10 +135,14 @@ def test_what_does_not_fit_is_refused() -> None:
     q, gates = torch.randn(4, 1, 6, 16), torch.rand(4, 1, 6, 3)
 
     def step(
-        pools: CachePools = pools, table: Tensor = table, lengths: Tensor = lengths, bound: int | None = None
+        pools: CachePools = pools, table: Tensor = table, lengths: Tensor = lengths, bound: Any = None, **how: Any
     ) -> Tensor:
-        counters = decode_counters(4, 1, 2, "cpu")
-        return decode_attention(q, gates, pools, table, lengths, config=CONFIG, counters=counters, max_length=bound)
+        how = {"config": CONFIG, "counters": decode_counters(4, 1, 2, "cpu"), **how}
+        return decode_attention(q, gates, pools, table, lengths, max_length=bound, **how)
+
+    def longer(num_new: int) -> Tensor:
+        many, some, counters = *(x.expand(-1, num_new, -1, -1) for x in (q, gates)), decode_counters(4, 9, 2, "cpu")
+        return decode_attention(many, some, pools, table, lengths, config=CONFIG, counters=counters)
 
     k = pools.k_slc.data
     aliased = table.clone()
@@ -159,11 +163,19 @@ def test_what_does_not_fit_is_refused() -> None:
         ("pages that exist", lambda: step(table=outside)),
         ("must belong to one sequence", lambda: step(table=aliased)),
         ("at least the number of new tokens", lambda: step(bound=0)),
+        ("max_length must be an int; got max_length='x'", lambda: step(bound="x")),
+        ("max_length must be an int", lambda: step(bound=150.0)),
+        ("up to 8 tokens; got new tokens=9.*prefill_attention", lambda: longer(9)),
+        ("counters must be a tensor; got counters='NoneType'", lambda: step(counters=None)),
+        ("int32 with at least 8 elements.*elements=7", lambda: step(counters=decode_counters(7, 1, 1, "cpu"))),
+        ("counters must be int32", lambda: step(counters=torch.zeros(8))),
+        ("config must be an NSAConfig", lambda: step(config=None)),
     ]
     for text, call in wrong:
         with pytest.raises(InvalidInput, match=text):
             call()
     step()
+    longer(8)
 
 
 def test_bounds_of_a_length_are_few() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cpu.cache_fakes import fill_with_nan
+from cpu.test_docs import blocks
 from gpu.decode_cases import GRAPH_CASE, HEADS, MODULE_CASES, ModuleCase
 from gpu.judging import SharedBlocks, close, equations
 from torch import Tensor
@@ -189,3 +190,11 @@ def test_pages_are_taken_without_waiting(dispatcher: Dispatcher) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert cache.pages.num_free == free - 6
+
+
+def test_the_block_of_the_docs_about_graphs_runs() -> None:
+    found: dict[str, Any] = {}
+    (block,) = blocks("inference.md", "python gpu")
+    exec(block, found)
+    assert found["out"].isfinite().all()
+    assert found["cache"].lengths.tolist() == list(found["cache"].host_lengths) == [321]
