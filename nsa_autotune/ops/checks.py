@@ -50,6 +50,8 @@ def check_query(q: Tensor, layout: PackedLayout | None) -> None:
     if q.is_cuda and q.dtype not in KERNEL_DTYPES:
         known = "bfloat16, float16 or float32"
         raise InvalidInput(f"kernels serve {known}", {"q": str(q.dtype)}, "Cast, or call nsa_autotune.reference.")
+    if q.shape[-1] < 1 or q.shape[-2] < 1:
+        raise InvalidInput("q must have heads and a head dim", {"shape": tuple(q.shape)})
     if layout is None and q.shape[1] < 1:
         raise InvalidInput("q must have at least one token", {"shape": tuple(q.shape)}, "Skip empty batches.")
 

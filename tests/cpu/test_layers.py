@@ -10,7 +10,19 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "nsa_autotune"
 ROWS = (
-    ("errors", "config", "layout", "dense", "reference", "paged", "paged_append", "gradients", "plain", "spec"),
+    (
+        "errors",
+        "config",
+        "layout",
+        "dense",
+        "reference",
+        "paged",
+        "paged_append",
+        "gradients",
+        "files",
+        "plain",
+        "spec",
+    ),
     ("codegen", "db"),
     ("kernels",),
     ("bench", "dispatch"),

@@ -241,6 +241,7 @@ BAD: list[tuple[str, Callable[[], dict[str, Any]], str]] = [
     ("nsa_attention", lambda: {"k_slc": [1], "v_slc": [1]}, "k_slc must be a torch.Tensor"),
     ("nsa_attention", lambda: {"q": torch.randn(2, 71, HQ, D_QK), "gates": torch.rand(2, 71, HQ, 3)}, "so TQ <= TK"),
     ("nsa_attention", lambda: {"cu_seqlens": [0, 70]}, "Pass cu_seqlens only with packed tensors"),
+    ("nsa_attention", lambda: {"q": torch.randn(2, 70, HQ, 0)}, "q must have heads and a head dim"),
     ("nsa_attention", lambda: {"phi_k": 1}, "phi must be PhiWeights"),
     ("nsa_attention", lambda: {"dispatcher": 3}, "dispatcher must be a Dispatcher"),
     ("nsa_attention", lambda: {"cu_seqlens_k": offsets(70)}, "cu_seqlens_k needs cu_seqlens"),
