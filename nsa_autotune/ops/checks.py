@@ -118,7 +118,8 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: Tensor) -> None:
         raise InvalidInput(f"{name} must be a torch.Tensor", {name: type(cu_seqlens).__name__}, remedy)
     facts = {"dtype": str(cu_seqlens.dtype), "shape": tuple(cu_seqlens.shape), "device": str(cu_seqlens.device)}
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
-        remedy = "It is the cumulative sum of the lengths, after a 0, as torch.int32."
+        is_int32 = cu_seqlens.dtype == torch.int32
+        remedy = "It is the cumulative sum of the lengths, after a 0." if is_int32 else f"Use {name}.int()."
         raise InvalidInput(f"{name} must be int32 [S + 1] with S >= 1", facts, remedy)
     if cu_seqlens.device != tokens.device:
         remedy = f"Use {name}.to({str(tokens.device)!r})."
