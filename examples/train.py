@@ -4,7 +4,8 @@ python examples/train.py --task recall --attention nsa     # and again with --at
 python examples/train.py --device cpu --seq 256 --steps 3 --batch 2 --hidden 64 --heads 4 --kv-heads 1 --head-dim 16
 
 The folder --out gets options.json, log.jsonl (a record every --log-every steps), result.json (on fresh data), model.pt
-(for generate.py), and curves.png where matplotlib is installed. On a CPU the reference implementation runs.
+(for generate.py), and curves.png where matplotlib is installed. On a CPU the reference implementation runs. Ctrl-C ends
+a run after its step and keeps log.jsonl and model.pt; the same command begins at step 0 again and writes over them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -30,8 +33,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nsa_autotune import NSAConfig
+from nsa_autotune.errors import NSAError
 
 Record = dict[str, Any]
+EXIT_INTERRUPTED = 130
+COUNTS = ("seq", "start-seq", "batch", "steps", "log-every", "window", "num-selected")
+COUNTS += ("hidden", "layers", "heads", "kv-heads", "head-dim")  # options that are at least 1
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -73,11 +80,28 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     ):
         parser.add_argument(f"--{name}", type=int, default=value, help=f"{meaning} (default {value})")
     options = parser.parse_args(arguments)
+    check(options)
     on_cpu = torch.device(options.device).type == "cpu"
     options.dtype = options.dtype or ("float32" if on_cpu else "bfloat16")
     options.start_seq = options.start_seq or (min(256, options.seq) if options.task == "recall" else options.seq)
     options.out = options.out or Path("runs") / f"{options.task}-{options.attention}"
     return options
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise ValueError for an option that would fail later, in words of the library that meets it."""
+    for name in COUNTS:
+        count = getattr(options, name.replace("-", "_"))
+        if count is not None and count < 1:
+            raise ValueError(f"--{name} must be at least 1, not {count}")
+    if options.heads % options.kv_heads:
+        raise ValueError(f"--heads must be a multiple of --kv-heads, not {options.heads} of {options.kv_heads}")
+    try:
+        torch.empty(0, device=options.device)
+    except (AssertionError, RuntimeError) as error:
+        why = str(error).splitlines()[0]
+        rule = "--device must be one that torch can use, such as cpu"
+        raise ValueError(f"{rule}, not {options.device}: {why}") from error
 
 
 def make_task(options: argparse.Namespace) -> Task:
@@ -119,6 +143,7 @@ class Trainer:
     model: Decoder
 
     def __post_init__(self) -> None:
+        self.stopped = False
         self.device, self.seq = torch.device(self.options.device), self.options.start_seq
         self.data = torch.Generator().manual_seed(self.options.seed + 1)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), self.options.lr, betas=(0.9, 0.95))
@@ -157,6 +182,11 @@ class Trainer:
         self.schedule.step()
         return loss.detach(), right
 
+    def stop(self, *_: object) -> None:
+        """Ctrl-C: the step under way is the last one, so that weights and log agree; a second one ends it at once."""
+        self.stopped = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def records(self) -> Iterator[Record]:
         """Train; a record of means over every --log-every steps. Only a record waits for the device."""
         losses, rights, started = [], [], time.perf_counter()
@@ -164,7 +194,7 @@ class Trainer:
             loss, right = self.step()
             losses.append(loss)
             rights.append(right)
-            if step % self.options.log_every and step != self.options.steps:
+            if step % self.options.log_every and step != self.options.steps and not self.stopped:
                 continue
             means = {"loss": float(torch.stack(losses).mean()), "accuracy": float(torch.stack(rights).mean())}
             seconds = time.perf_counter() - started
@@ -176,6 +206,8 @@ class Trainer:
                 "tokens_per_s": round(tokens / seconds),
                 "peak_memory_bytes": self.peak_memory(),
             }
+            if self.stopped:
+                return
             if self.seq < self.options.seq:
                 if means["accuracy"] >= self.options.double_at:
                     self.seq = min(2 * self.seq, self.options.seq)
@@ -203,31 +235,46 @@ class Trainer:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
 
+def learn(trainer: Trainer, console: Console) -> list[Record]:
+    """Train and log until the steps are done, the model is accurate enough, or Ctrl-C; the records."""
+    options, records = trainer.options, list[Record]()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    before = signal.signal(signal.SIGINT, trainer.stop)
+    try:
+        with (
+            Progress(*columns, console=console) as progress,
+            (options.out / "log.jsonl").open("w", encoding="utf-8") as log,
+        ):
+            name = f"{options.task}, {options.attention}"
+            bar = progress.add_task(name, total=options.steps)
+            for record in trainer.records():
+                records.append(record)
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+                state = f"{record['seq']} tokens  loss {record['loss']:.3f}  accuracy {record['accuracy']:.3f}"
+                state += f"  {record['tokens_per_s']:,} tokens/s"
+                progress.update(bar, completed=record["step"], description=f"{name}: {state}")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return records
+
+
 def train(options: argparse.Namespace, console: Console) -> list[Record]:
     """Run, log and draw; the records."""
     torch.manual_seed(options.seed)
     task = make_task(options)
     trainer = Trainer(options, task, make_model(options, task.vocabulary))
-    options.out.mkdir(parents=True, exist_ok=True)
+    make_folders(options)
     named = {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items() if name != "out"}
     (options.out / "options.json").write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    records, started = [], time.perf_counter()
-    with (
-        Progress(*columns, console=console) as progress,
-        (options.out / "log.jsonl").open("w", encoding="utf-8") as log,
-    ):
-        bar = progress.add_task(f"{options.task}, {options.attention}", total=options.steps)
-        for record in trainer.records():
-            records.append(record)
-            log.write(json.dumps(record) + "\n")
-            log.flush()
-            state = f"{record['seq']} tokens  loss {record['loss']:.3f}  accuracy {record['accuracy']:.3f}"
-            state += f"  {record['tokens_per_s']:,} tokens/s"
-            progress.update(bar, completed=record["step"], description=f"{options.task}, {options.attention}: {state}")
-        result = {"seconds": round(time.perf_counter() - started, 1), **records[-1], **trainer.evaluate()}
-    (options.out / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    started = time.perf_counter()
+    records = learn(trainer, console)
     torch.save({"weights": trainer.model.state_dict(), "letters": task.letters}, options.out / "model.pt")
+    if trainer.stopped:
+        kept = f"{options.out} has log.jsonl and model.pt until then"
+        raise KeyboardInterrupt(f"stopped after step {records[-1]['step']}; {kept}; the same command begins anew")
+    result = {"seconds": round(time.perf_counter() - started, 1), **records[-1], **trainer.evaluate()}
+    (options.out / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     console.print(json.dumps(result))
     if options.dump_activations is not None:
         trainer.dump_activations(options.dump_activations)
@@ -237,12 +284,27 @@ def train(options: argparse.Namespace, console: Console) -> list[Record]:
     return records
 
 
-def main() -> None:
-    """Command line; a wrong option ends it with a sentence."""
+def make_folders(options: argparse.Namespace) -> None:
+    """The run's folder, without the result of an earlier run; ValueError now if a file could not be written later."""
     try:
-        train(parse(), Console())
-    except ValueError as error:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "result.json").unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out must be a folder that can be written: {error}") from error
+    dump: Path | None = options.dump_activations
+    if dump is not None and not dump.parent.is_dir():
+        raise ValueError(f"--dump-activations must be a file in a folder that is there, not {dump}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line; a wrong option ends it with a sentence, Ctrl-C with what is kept."""
+    try:
+        train(parse(arguments), Console())
+    except (ValueError, NSAError, OSError) as error:
         raise SystemExit(f"train.py: {error}") from error
+    except KeyboardInterrupt as stop:
+        print(f"train.py: {str(stop) or 'stopped'}", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED) from stop
 
 
 if __name__ == "__main__":
