@@ -127,10 +127,19 @@ def tune(
     how = get_policy(policy).name
     cores = jobs or os.cpu_count() or 1
     first = read_tries(tries) if tries is not None else ()
-    if first and targets:
-        raise InvalidInput("--try measures, and a --target is absent", {"--target": targets}, "Leave one of them out.")
+    if tries is not None and targets:
+        raise _tries_unmeasured(tries, asked)
     run = Run(tuple(work), total, db, device, targets, retune, cores, check, how, retry_quarantined, tries=first)
     raise typer.Exit(start(run, devices, ray, jobs))
+
+
+def _tries_unmeasured(tries: Path, asked: Sequence[str]) -> InvalidInput:
+    """Why --try cannot be served: predicting was asked for, or there is nothing to measure on."""
+    values: dict[str, object] = {"--try": str(tries)}
+    if asked:
+        values["--target"] = ",".join(asked)
+        return InvalidInput("--try measures, and a --target is absent", values, "Leave one of them out.")
+    return InvalidInput("--try measures, and torch finds no GPU here", values, "Leave --try out, or run on a GPU.")
 
 
 def start(run: Run, devices: str | None, ray: str | None, jobs: int | None) -> int:

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-NAMES = ("activations", "curves", "decoder", "tasks", "train")
+NAMES = ("activations", "curves", "decoder", "options", "tasks", "train")
 SMALL = "--device cpu --batch 4 --hidden 32 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --pairs 4"
 TINY = [*SMALL.split(), "--repeats", "1", "--window", "16", "--lr", "1e-2"]
 

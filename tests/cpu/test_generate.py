@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-NAMES = ("activations", "cached", "curves", "decoder", "generate", "tasks", "train")
+NAMES = ("activations", "cached", "curves", "decoder", "generate", "options", "tasks", "train")
 SIZES = "--device cpu --hidden 32 --layers 2 --heads 2 --kv-heads 1 --head-dim 16 --window 16 --num-selected 4"
 SMALL = [*SIZES.split(), "--seq", "400"]
 
