@@ -80,7 +80,10 @@ def tune(
     ] = None,
     policy: options.PolicyOption = DEFAULT_POLICY,
     check: Annotated[
-        bool, typer.Option(help="Without a GPU: run small cases in Triton's interpreter before predicting.")
+        bool,
+        typer.Option(
+            help="Without a GPU: run small cases in Triton's interpreter first, each until it was right once."
+        ),
     ] = True,
     tries: Annotated[
         Path | None,
