@@ -81,9 +81,7 @@ def tune(
     policy: options.PolicyOption = DEFAULT_POLICY,
     check: Annotated[
         bool,
-        typer.Option(
-            help="Without a GPU: run small cases in Triton's interpreter first, each until it was right once."
-        ),
+        typer.Option(help="Without a GPU: first run small cases in Triton's interpreter, once if right."),
     ] = True,
     tries: Annotated[
         Path | None,
