@@ -38,8 +38,6 @@ class Generated:
 
 def greedy(decoder: CachedDecoder, prompt: list[int], count: int, *, chunk: int = 512, draft: int = 0) -> Generated:
     """The `count` likeliest tokens after the prompt, one after the other; `draft` of them may be guessed for a step."""
-    if not prompt or chunk < 1 or not 0 <= draft < MAX_NEW:
-        raise ValueError(f"a prompt has tokens, a chunk too, and up to {MAX_NEW - 1} can be guessed")
     device = decoder.model.embedding.weight.device
     found, steps = list(prompt), 0
     for part in torch.tensor([prompt], device=device).split(chunk, dim=1):
@@ -116,8 +114,18 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
     return parser.parse_known_args(arguments)
 
 
+def check(options: argparse.Namespace) -> None:
+    """Raise ValueError for a number that makes no sense."""
+    for name in ("tokens", "chunk", "batches"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, not {getattr(options, name)}")
+    if not 0 <= options.draft < MAX_NEW:
+        raise ValueError(f"--draft must be from 0 to {MAX_NEW - 1}, not {options.draft}")
+
+
 def generate(options: argparse.Namespace, rest: list[str]) -> str:
     """What the command prints."""
+    check(options)
     model, task, letters, made = load(options, ["--task", "text", *rest])
     model = model.to(getattr(torch, made.dtype))
     dtype = CACHE_DTYPES[options.cache_dtype]
@@ -134,6 +142,8 @@ def generate(options: argparse.Namespace, rest: list[str]) -> str:
 
 def prompt_tokens(text: str, task: Task, letters: str, seq: int) -> list[int]:
     """Of a text, or half a sequence of recall."""
+    if letters and not text:
+        raise ValueError("--prompt must have at least one character")
     if letters:
         return [int(token) for token in to_tokens(text, letters)]
     tokens, _ = task.batch(1, seq, torch.Generator().manual_seed(0))

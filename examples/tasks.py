@@ -43,10 +43,13 @@ class Recall:
     def __post_init__(self) -> None:
         if self.repeats < 1:
             raise ValueError(f"--repeats must be at least 1, not {self.repeats}")
-        most = min(self.keys, self.seq // 8, self.seq // (4 * self.repeats))
-        if not 1 <= self.pairs <= most:
-            words = f"{self.keys} keys, --seq {self.seq} and --repeats {self.repeats}"
-            raise ValueError(f"--pairs must be from 1 to {most} for {words}")
+        if not 1 <= self.pairs <= self.keys:
+            raise ValueError(f"--pairs must be from 1 to the number of --keys, {self.keys}, not {self.pairs}")
+        room = max(8, 4 * self.repeats)  # tokens of a sequence for each of its pairs
+        if self.seq < self.pairs * room:
+            words = f"--pairs {self.pairs} and --repeats {self.repeats}"
+            fewer = f", or choose --pairs from 1 to {self.seq // room}" if self.seq >= room else ""
+            raise ValueError(f"--seq must be at least {self.pairs * room} for {words}, not {self.seq}{fewer}")
 
     @property
     def first_question(self) -> int:
@@ -82,7 +85,10 @@ def recall_task(recall: Recall) -> Task:
 
 def text_task(seq: int, file: Path | None = None) -> Task:
     """The next character of random pieces of `file`, or of the repository's licence and README."""
-    text = "\n".join(path.read_text(encoding="utf-8") for path in ([file] if file else CORPUS))
+    try:
+        text = "\n".join(path.read_text(encoding="utf-8") for path in ([file] if file else CORPUS))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--text must be a text file in UTF-8: {error}") from error
     if len(text) <= seq:
         raise ValueError(f"the text has {len(text)} characters, --seq {seq} needs more; use a shorter --seq")
     letters = "".join(sorted(set(text)))

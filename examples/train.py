@@ -1,10 +1,11 @@
 """Trains a small decoder with native sparse or dense attention.
 
 python examples/train.py --task recall --attention nsa     # and again with --attention dense, then curves.py
-python examples/train.py --device cpu --seq 256 --steps 3 --batch 2 --hidden 64 --heads 4 --kv-heads 1 --head-dim 16
+python examples/train.py --device cpu --seq 256 --pairs 8 --steps 3 --hidden 64 --heads 4 --kv-heads 1 --head-dim 16
 
 The folder --out gets options.json, log.jsonl (a record every --log-every steps), result.json (on fresh data), model.pt
-(for generate.py), and curves.png where matplotlib is installed. On a CPU the reference implementation runs.
+(for generate.py), and curves.png where matplotlib is installed. On a CPU the reference implementation runs. Ctrl-C ends
+a run after its step and keeps log.jsonl and model.pt; the same command begins at step 0 again and writes over them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -22,7 +25,8 @@ from typing import Any
 import curves
 import torch
 from activations import save_activations
-from decoder import ATTENTIONS, Decoder, Sizes
+from decoder import Decoder, Sizes
+from options import parse
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tasks import IGNORED, Recall, Task, recall_task, text_task
@@ -30,54 +34,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nsa_autotune import NSAConfig
+from nsa_autotune.errors import NSAError
 
 Record = dict[str, Any]
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=("recall", "text"), default="recall")
-    parser.add_argument("--attention", choices=ATTENTIONS, default="nsa")
-    parser.add_argument("--text", type=Path, help="text file for --task text; default: LICENSE and README.md")
-    parser.add_argument("--out", type=Path, help="folder of the run; default: runs/TASK-ATTENTION")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, float32 on a CPU"
-    )
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--compression", choices=("mlp", "mean"), default="mlp", help="phi of compressed blocks (nsa)")
-    parser.add_argument("--share-kv", action="store_true", help="the branches of nsa share their keys and values")
-    parser.add_argument("--rope-theta", type=float, help="base of the rotary angles; default: no rotary")
-    parser.add_argument("--stop-at", type=float, default=1.0, help="end when a record's mean accuracy reaches it")
-    parser.add_argument("--start-seq", type=int, help="tokens of a sequence at first; doubled up to --seq (recall)")
-    parser.add_argument("--double-at", type=float, default=0.9, help="mean accuracy of a record that doubles them")
-    parser.add_argument("--dump-activations", type=Path, help="file for q, k, v of the last layer (codesign)")
-    for name, value, meaning in (
-        ("seq", 4096, "tokens of a sequence"),
-        ("batch", 8, "sequences of a step"),
-        ("steps", 2000, "steps of the optimizer"),
-        ("log-every", 10, "steps between records"),
-        ("seed", 0, "of weights and data"),
-        ("pairs", 64, "key-value pairs of a sequence (recall)"),
-        ("repeats", 8, "times that a pair is told, in a row (recall)"),
-        ("keys", 512, "different keys there are (recall)"),
-        ("window", 512, "sliding window, in tokens"),
-        ("num-selected", 16, "selected blocks of 64 tokens, forced ones included"),
-        ("hidden", 512, "width of the decoder"),
-        ("layers", 2, "layers"),
-        ("heads", 16, "query heads"),
-        ("kv-heads", 2, "key and value heads"),
-        ("head-dim", 64, "width of a head"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=value, help=f"{meaning} (default {value})")
-    options = parser.parse_args(arguments)
-    on_cpu = torch.device(options.device).type == "cpu"
-    options.dtype = options.dtype or ("float32" if on_cpu else "bfloat16")
-    options.start_seq = options.start_seq or (min(256, options.seq) if options.task == "recall" else options.seq)
-    options.out = options.out or Path("runs") / f"{options.task}-{options.attention}"
-    return options
+EXIT_INTERRUPTED = 130
 
 
 def make_task(options: argparse.Namespace) -> Task:
@@ -119,6 +79,7 @@ class Trainer:
     model: Decoder
 
     def __post_init__(self) -> None:
+        self.stopped = False
         self.device, self.seq = torch.device(self.options.device), self.options.start_seq
         self.data = torch.Generator().manual_seed(self.options.seed + 1)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), self.options.lr, betas=(0.9, 0.95))
@@ -157,6 +118,11 @@ class Trainer:
         self.schedule.step()
         return loss.detach(), right
 
+    def stop(self, *_: object) -> None:
+        """Ctrl-C: the step under way is the last one, so that weights and log agree; a second one ends it at once."""
+        self.stopped = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def records(self) -> Iterator[Record]:
         """Train; a record of means over every --log-every steps. Only a record waits for the device."""
         losses, rights, started = [], [], time.perf_counter()
@@ -164,7 +130,7 @@ class Trainer:
             loss, right = self.step()
             losses.append(loss)
             rights.append(right)
-            if step % self.options.log_every and step != self.options.steps:
+            if step % self.options.log_every and step != self.options.steps and not self.stopped:
                 continue
             means = {"loss": float(torch.stack(losses).mean()), "accuracy": float(torch.stack(rights).mean())}
             seconds = time.perf_counter() - started
@@ -176,6 +142,8 @@ class Trainer:
                 "tokens_per_s": round(tokens / seconds),
                 "peak_memory_bytes": self.peak_memory(),
             }
+            if self.stopped:
+                return
             if self.seq < self.options.seq:
                 if means["accuracy"] >= self.options.double_at:
                     self.seq = min(2 * self.seq, self.options.seq)
@@ -203,31 +171,46 @@ class Trainer:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
 
+def learn(trainer: Trainer, console: Console) -> list[Record]:
+    """Train and log until the steps are done, the model is accurate enough, or Ctrl-C; the records."""
+    options, records = trainer.options, list[Record]()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    before = signal.signal(signal.SIGINT, trainer.stop)
+    try:
+        with (
+            Progress(*columns, console=console) as progress,
+            (options.out / "log.jsonl").open("w", encoding="utf-8") as log,
+        ):
+            name = f"{options.task}, {options.attention}"
+            bar = progress.add_task(name, total=options.steps)
+            for record in trainer.records():
+                records.append(record)
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+                state = f"{record['seq']} tokens  loss {record['loss']:.3f}  accuracy {record['accuracy']:.3f}"
+                state += f"  {record['tokens_per_s']:,} tokens/s"
+                progress.update(bar, completed=record["step"], description=f"{name}: {state}")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return records
+
+
 def train(options: argparse.Namespace, console: Console) -> list[Record]:
     """Run, log and draw; the records."""
     torch.manual_seed(options.seed)
     task = make_task(options)
     trainer = Trainer(options, task, make_model(options, task.vocabulary))
-    options.out.mkdir(parents=True, exist_ok=True)
+    make_folders(options)
     named = {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items() if name != "out"}
     (options.out / "options.json").write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    records, started = [], time.perf_counter()
-    with (
-        Progress(*columns, console=console) as progress,
-        (options.out / "log.jsonl").open("w", encoding="utf-8") as log,
-    ):
-        bar = progress.add_task(f"{options.task}, {options.attention}", total=options.steps)
-        for record in trainer.records():
-            records.append(record)
-            log.write(json.dumps(record) + "\n")
-            log.flush()
-            state = f"{record['seq']} tokens  loss {record['loss']:.3f}  accuracy {record['accuracy']:.3f}"
-            state += f"  {record['tokens_per_s']:,} tokens/s"
-            progress.update(bar, completed=record["step"], description=f"{options.task}, {options.attention}: {state}")
-        result = {"seconds": round(time.perf_counter() - started, 1), **records[-1], **trainer.evaluate()}
-    (options.out / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    started = time.perf_counter()
+    records = learn(trainer, console)
     torch.save({"weights": trainer.model.state_dict(), "letters": task.letters}, options.out / "model.pt")
+    if trainer.stopped:
+        kept = f"{options.out} has log.jsonl and model.pt until then"
+        raise KeyboardInterrupt(f"stopped after step {records[-1]['step']}; {kept}; the same command begins anew")
+    result = {"seconds": round(time.perf_counter() - started, 1), **records[-1], **trainer.evaluate()}
+    (options.out / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     console.print(json.dumps(result))
     if options.dump_activations is not None:
         trainer.dump_activations(options.dump_activations)
@@ -237,12 +220,27 @@ def train(options: argparse.Namespace, console: Console) -> list[Record]:
     return records
 
 
-def main() -> None:
-    """Command line; a wrong option ends it with a sentence."""
+def make_folders(options: argparse.Namespace) -> None:
+    """The run's folder, without the result of an earlier run; ValueError now if a file could not be written later."""
     try:
-        train(parse(), Console())
-    except ValueError as error:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "result.json").unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out must be a folder that can be written: {error}") from error
+    dump: Path | None = options.dump_activations
+    if dump is not None and not dump.parent.is_dir():
+        raise ValueError(f"--dump-activations must be a file in a folder that is there, not {dump}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line; a wrong option ends it with a sentence, Ctrl-C with what is kept."""
+    try:
+        train(parse(arguments, __doc__), Console())
+    except (ValueError, NSAError, OSError) as error:
         raise SystemExit(f"train.py: {error}") from error
+    except KeyboardInterrupt as stop:
+        print(f"train.py: {str(stop) or 'stopped'}", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED) from stop
 
 
 if __name__ == "__main__":

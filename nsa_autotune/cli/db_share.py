@@ -145,7 +145,7 @@ def summary_text(summary: ImportSummary) -> str:
     parts += [f"{summary.kept} of them do not serve, for the one here goes first"] if summary.kept else []
     parts += [f"{known} of them were here already"] if known else []
     shipped = count_text(summary.shipped, "shipped winner")
-    parts += [f"{shipped} of the other program left out"] if summary.shipped else []
+    parts += [f"{shipped} left out, for each copy of the program brings its own"] if summary.shipped else []
     return "; ".join(parts)
 
 

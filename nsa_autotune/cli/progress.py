@@ -80,18 +80,18 @@ def outcome_lines(outcome: Outcome) -> list[str]:
     """How one problem ended; the reasons too, where it has no winner."""
     head = f"{outcome.spec.family}  {problem_text(outcome.problem.to_dict(), outcome.spec.family)}: "
     statuses = Counter(dict(outcome.statuses))
-    counts = ", ".join(f"{count} {status}" for status, count in outcome.statuses)
+    told = ", ".join(f"{count} {status}" for status, count in outcome.statuses)
+    counts = f" [{told}]" if told else ""
     winner = outcome.winner
     if winner is not None:
         gain = gain_text(winner.default_median_us, winner.median_us)
         versus = f", {gain} faster than the default" if gain else ""
         known = {"known": " (known; --retune measures again)", "elsewhere": " (found by another process)"}
-        return [
-            f"{head}{winner.median_us:.1f} us{versus}{known.get(outcome.kind, '')}" + (f" [{counts}]" if counts else "")
-        ]
+        return [f"{head}{winner.median_us:.1f} us{versus}{known.get(outcome.kind, '')}{counts}"]
+    why = "it was interrupted" if outcome.kind == "interrupted" else "the minutes were spent"
+    rest = f", {count_text(outcome.left, 'config')} left when {why}: the same command goes on"
+    left = rest if outcome.left else ""
     if outcome.kind == "failed" or (outcome.kind == "predicted" and not statuses["ok"]):
         reasons = [f"    {count}x {reason}" for reason, count in outcome.reasons[:SHOWN_REASONS]]
-        return [f"{head}no config works [{counts}]", *reasons]
-    rest = f", {count_text(outcome.left, 'config')} left when the minutes were spent: the same command goes on"
-    left = rest if outcome.left else ""
-    return [f"{head}{outcome.kind} [{counts}]{left}"]
+        return [f"{head}no config works{counts}{left}", *reasons]
+    return [f"{head}{outcome.kind}{counts}{left}"]

@@ -21,6 +21,8 @@ Tries = tuple[tuple[str, Config], ...]  # family and config, which may leave par
 def read_tries(path: Path) -> Tries:
     """The lines of a file, in its order; raises InvalidInput with the line of a mistake."""
     numbered = numbered_lines(path, "--try", "configs to try are read from a text file", REMEDY)
+    if not numbered:
+        raise InvalidInput("the file of --try names no config", {"--try": str(path)}, REMEDY)
     return tuple(_parse(line, {"--try": str(path), "line": number}) for number, line in numbered)
 
 
@@ -36,8 +38,14 @@ def _parse(line: str, where: Mapping[str, Any]) -> tuple[str, Config]:
         data = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise InvalidInput("a line must be JSON", {**where, "reason": str(error)}, REMEDY) from error
-    if not isinstance(data, dict) or set(data) != set(FIELDS) or not isinstance(data["config"], dict):
+    if not isinstance(data, dict):
         raise InvalidInput("a line must be a JSON object of a family and a config", where, REMEDY)
+    differing = {"unknown": sorted(set(data) - set(FIELDS)), "missing": [name for name in FIELDS if name not in data]}
+    if any(differing.values()):
+        values = {**where, **{what: ", ".join(names) for what, names in differing.items() if names}}
+        raise InvalidInput("a line has the keys family and config, and no other", values, REMEDY)
+    if not isinstance(data["config"], dict):
+        raise InvalidInput("a config must be a JSON object", {**where, "config": data["config"]}, REMEDY)
     try:
         spec = get_spec(data["family"])
     except (UnknownName, TypeError) as error:

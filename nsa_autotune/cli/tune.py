@@ -80,7 +80,8 @@ def tune(
     ] = None,
     policy: options.PolicyOption = DEFAULT_POLICY,
     check: Annotated[
-        bool, typer.Option(help="Without a GPU: run small cases in Triton's interpreter before predicting.")
+        bool,
+        typer.Option(help="Without a GPU: first run small cases in Triton's interpreter, once if right."),
     ] = True,
     tries: Annotated[
         Path | None,
@@ -127,10 +128,19 @@ def tune(
     how = get_policy(policy).name
     cores = jobs or os.cpu_count() or 1
     first = read_tries(tries) if tries is not None else ()
-    if first and targets:
-        raise InvalidInput("--try measures, and a --target is absent", {"--target": targets}, "Leave one of them out.")
+    if tries is not None and targets:
+        raise _tries_unmeasured(tries, asked)
     run = Run(tuple(work), total, db, device, targets, retune, cores, check, how, retry_quarantined, tries=first)
     raise typer.Exit(start(run, devices, ray, jobs))
+
+
+def _tries_unmeasured(tries: Path, asked: Sequence[str]) -> InvalidInput:
+    """Why --try cannot be served: predicting was asked for, or there is nothing to measure on."""
+    values: dict[str, object] = {"--try": str(tries)}
+    if asked:
+        values["--target"] = ",".join(asked)
+        return InvalidInput("--try measures, and a --target is absent", values, "Leave one of them out.")
+    return InvalidInput("--try measures, and torch finds no GPU here", values, "Leave --try out, or run on a GPU.")
 
 
 def start(run: Run, devices: str | None, ray: str | None, jobs: int | None) -> int:

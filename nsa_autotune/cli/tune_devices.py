@@ -19,7 +19,7 @@ from . import options
 from .console import errors
 from .member import EXIT_MISTAKE, order_of
 from .tune_report import print_winners
-from .tune_run import EXIT_INTERRUPTED, EXIT_NO_WINNER, Run
+from .tune_run import EXIT_INTERRUPTED, EXIT_NO_WINNER, Run, open_store
 
 if TYPE_CHECKING:
     from ..db.shared import SharedStore
@@ -91,10 +91,9 @@ def _pass_on(device: str, lines: IO[str]) -> None:
 
 def execute_on(run: Run, devices: Sequence[str]) -> int:
     """Tune on several devices and print what was found, also after Ctrl-C; the exit code."""
-    from ..db.shared import SharedStore
     from ..dispatch.fingerprint import current
 
-    with SharedStore(run.db) as store:
+    with open_store(run.db) as store:
         check_shared(store)
         run = replace(run, since_s=store.now_s(), members=len(devices), jobs=max(1, run.jobs // len(devices)))
         members = [Member.start(replace(run, device=device), MEMBER) for device in devices]

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from ..errors import StoreError, WorkerError
 from ..spec import DEFAULT_POLICY, KernelSpec, Problem
-from .console import errors
+from .console import count_text, errors
 from .tries import Tries
 from .tune_report import Guess, print_predictions, print_winners
 
 if TYPE_CHECKING:
+    from ..db.shared import SharedStore
     from ..search.budget import Budget
     from .progress import TuneDisplay
 
@@ -45,7 +46,6 @@ class Run:
 def execute(run: Run) -> int:
     """Do it with a live display and print what came out, also after Ctrl-C; the exit code."""
     from ..codegen.load import require_caches
-    from ..db.shared import SharedStore
     from .progress import TuneDisplay
     from .tune_measure import measure
     from .tune_predict import predict
@@ -54,7 +54,7 @@ def execute(run: Run) -> int:
     lost: WorkerError | None = None
     guesses: list[Guess] = []
     require_caches()
-    with SharedStore(run.db) as store:
+    with open_store(run.db) as store:
         if store.read_only:
             values = {"database": str(store.location)}
             raise StoreError("tuning needs a database that can be written", values, "Name another one with --db.")
@@ -81,6 +81,20 @@ def execute(run: Run) -> int:
     return 0 if worked and right else EXIT_NO_WINNER
 
 
+def open_store(db: str | None) -> SharedStore:
+    """The store to tune into; a file that was not there is told, for its name may be a slip."""
+    from ..db.engine import parse_location
+    from ..db.paths import chosen_url
+    from ..db.shared import SharedStore
+
+    path = parse_location(chosen_url(db)).path
+    is_new = path is not None and not path.exists()
+    store = SharedStore(db)
+    if is_new:
+        errors().print(f"made a new database: {path}", markup=False, soft_wrap=True)
+    return store
+
+
 def search_budget(total: Budget) -> Budget:
     """What is left of a budget for searching if winners are confirmed afterwards."""
     if total.max_minutes is None or not total.confirm:
@@ -94,12 +108,16 @@ def check_in_interpreter(run: Run, display: TuneDisplay) -> bool:
 
     specs = {spec.family: spec for spec, _ in run.work}
     right = True
-    with interpret.interpreter_worker() as runner:
+    families = count_text(len(specs), "family", "families")
+    display.note(f"checking {families} in Triton's interpreter: minutes, once; --no-check leaves it out")
+    with interpret.interpreter_worker() as worker:
         for family, spec in specs.items():
             display.say(f"checking {family} in the interpreter")
+            runner = interpret.Remembering(worker, recall=not run.retune)
             checks = interpret.check_in_interpreter(spec, runner=runner, max_cases=1)
             wrong = [check for check in checks if not check.ok]
-            display.note(f"{family}: {len(checks) - len(wrong)} of {len(checks)} variants right in the interpreter")
+            text = f"{family}: {len(checks) - len(wrong)} of {len(checks)} variants right in the interpreter"
+            display.note(text + (f", {runner.recalled} of them in an earlier run" if runner.recalled else ""))
             for check in wrong:
                 display.note(f"    {check.reason}  {check.config}")
             right = right and not wrong

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Protocol
 
 from ..bench.result import TrialResult
 from ..bench.worker import MeasureWorker
-from ..spec import Config, KernelSpec, Problem
+from ..codegen.paths import cache_dir
+from ..codegen.render import template_digest
+from ..kernels import get_spec
+from ..spec import Config, KernelSpec, Problem, canonical_json
 from .space import ConfigSpace, config_key
 
 TRIAL_TIMEOUT_S = 300.0  # of silence; the interpreter takes milliseconds for each program and tile
@@ -30,6 +36,44 @@ class Check:
     config: Config
     ok: bool
     reason: str  # empty if ok
+
+
+class Remembering:
+    """A runner that does not run again what was right before with the same sources and versions.
+
+    A file of the cache keeps a line for each variant that was right; without `recall` it is written, not read.
+    """
+
+    def __init__(self, runner: Runner, *, recall: bool = True) -> None:
+        self.runner, self.file, self.recalled = runner, cache_dir() / "interpreted.txt", 0
+        known = self.file.read_text(encoding="utf-8", errors="replace") if recall and self.file.is_file() else ""
+        self._known = set(known.split())
+
+    def measure(self, family: str, problem: Problem, config: Config) -> TrialResult:
+        """What the runner finds, or found."""
+        facts = [judge_digest(), template_digest(get_spec(family)), family, problem.to_dict(), config]
+        key = hashlib.sha256(canonical_json(facts).encode()).hexdigest()
+        if key in self._known:
+            self.recalled += 1
+            return TrialResult("ok", "")
+        result = self.runner.measure(family, problem, config)
+        if result.ok:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(key + "\n")
+        return result
+
+
+@cache
+def judge_digest() -> str:
+    """Digest of what decides if a variant is right: this package's Python, and the versions of torch and Triton."""
+    import torch
+    import triton
+
+    found = hashlib.sha256(f"{torch.__version__} {triton.__version__}".encode())
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def interpreter_worker() -> MeasureWorker:

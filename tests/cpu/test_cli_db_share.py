@@ -79,6 +79,17 @@ def database(path: Path, *records: WinnerRecord | TrialRecord) -> str:
     return f"sqlite:///{path}"
 
 
+def test_what_ships_is_left_out_and_told_so(run: Run, tmp_path: Path) -> None:
+    """True of another program's winners, and of one's own that come back from an export."""
+    one = database(tmp_path / "one.sqlite", make_winner(source="shipped"))
+    other = database(tmp_path / "other.sqlite")
+    told = "1 shipped winner left out, for each copy of the program brings its own"
+    export = tmp_path / "winners.jsonl"
+    assert run("db", "export", str(export), "--db", one)[0] == 0
+    assert told in run("db", "merge", str(export), "--db", one)[1]
+    assert told in run("db", "merge", str(tmp_path / "one.sqlite"), "--db", other)[1]
+
+
 def test_merge_says_which_winner_serves(run: Run, here: str, tmp_path: Path) -> None:
     other = tmp_path / "other.sqlite"
     confirmed = make_winner(100.0, verdict="confirmed", rivals=(RIVAL,))

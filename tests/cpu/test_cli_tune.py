@@ -116,6 +116,92 @@ def test_ctrl_c_keeps_what_was_measured_and_says_how_to_go_on(
     assert len(configs) == len(set(configs)) == 6, "the three trials of the first call count"
 
 
+def test_what_is_left_is_told_with_the_reason() -> None:
+    from nsa_autotune.cli.progress import outcome_lines
+    from nsa_autotune.search.progress import Outcome
+
+    def line(kind: str, *statuses: tuple[str, int]) -> str:
+        outcome = Outcome(kind, get_spec("gate_sum_fwd"), Problem(), statuses=statuses, left=59)  # type: ignore[arg-type]
+        return outcome_lines(outcome)[0].partition(": ")[2]
+
+    goes_on = "the same command goes on"
+    assert line("interrupted") == f"interrupted, 59 configs left when it was interrupted: {goes_on}"
+    assert line("predicted", ("ok", 1)) == f"predicted [1 ok], 59 configs left when the minutes were spent: {goes_on}"
+    slow = line("predicted", ("timeout", 1))
+    assert slow == f"no config works [1 timeout], 59 configs left when the minutes were spent: {goes_on}"
+
+
+def test_a_new_database_is_told_once(
+    on_a_gpu: type[FakeWorker], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "typo" / "tuning.sqlite"
+    for said in (1, 0):
+        assert main([*COMMAND, "--db", str(path)]) == 0
+        assert capsys.readouterr().err.count(f"made a new database: {path}\n") == said
+
+
+class FakeInterpreter:
+    """Counts what it checks; Ctrl-C comes with the check after `last`."""
+
+    def __init__(self, last: int = 1000) -> None:
+        self.last, self.asked = last, 0
+
+    def __enter__(self) -> FakeInterpreter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def measure(self, family: str, problem: Problem, config: Config) -> TrialResult:
+        if self.asked == self.last:
+            raise KeyboardInterrupt
+        self.asked += 1
+        return TrialResult("accuracy", "wrong") if config.get("use_tma") else TrialResult("ok", "")
+
+
+def test_what_was_right_in_the_interpreter_is_not_run_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nsa_autotune.search import interpret
+
+    monkeypatch.setenv("NSA_AUTOTUNE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("nsa_autotune.search.predict.predict_problem", predict_nothing_measured([], [object()]))
+    monkeypatch.setattr(tune_run, "print_predictions", lambda guesses: True)
+    planned = [
+        config
+        for family in ("win_attn_fwd", "gate_sum_fwd")
+        for _, config in interpret.planned_checks(get_spec(family), max_cases=1)
+    ]
+    wrong = sum(bool(config.get("use_tma")) for config in planned)
+    assert wrong and len(planned) > 3
+
+    def run(last: int = 1000, *more: str) -> tuple[int, int, str]:
+        worker = FakeInterpreter(last)
+        monkeypatch.setattr(interpret, "interpreter_worker", lambda: worker)
+        code = main(["tune", "--families", "gate_sum_fwd,win_attn_fwd", "--seq", "1k", "--db", url, *more])
+        return code, worker.asked, capsys.readouterr().err
+
+    assert run(2)[:2] == (130, 2)
+    code, asked, said = run()
+    again = sum(bool(config.get("use_tma")) for config in planned[:2])
+    assert (code, asked) == (1, len(planned) - 2 + again) and f"{2 - again} of them in an earlier run" in said
+    assert run()[:2] == (1, wrong), "what was wrong is run again"
+    assert run(1000, "--retune")[1] == len(planned)
+    monkeypatch.setattr(interpret, "judge_digest", lambda: "other sources")
+    assert run()[1] == len(planned)
+
+
+def test_what_judges_a_variant_includes_this_packages_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nsa_autotune.search import interpret
+
+    before = interpret.judge_digest.__wrapped__()
+    assert before == interpret.judge_digest()
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == "accuracy.py"))
+    assert interpret.judge_digest.__wrapped__() != before
+
+
 def test_a_problem_without_a_winner_is_an_error(
     on_a_gpu: type[FakeWorker], url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

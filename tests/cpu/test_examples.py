@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +17,7 @@ import torch
 from rich.console import Console
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-NAMES = ("activations", "curves", "decoder", "tasks", "train")
+NAMES = ("activations", "curves", "decoder", "options", "tasks", "train")
 SMALL = "--device cpu --batch 4 --hidden 32 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --pairs 4"
 TINY = [*SMALL.split(), "--repeats", "1", "--window", "16", "--lr", "1e-2"]
 
@@ -93,12 +97,86 @@ def test_what_cannot_work_is_told_in_a_sentence(train: ModuleType, tmp_path: Pat
     (tmp_path / "short.txt").write_text("too short")
     with pytest.raises(ValueError, match="use a shorter --seq"):
         train.make_task(train.parse(["--task", "text", "--text", str(tmp_path / "short.txt")]))
-    with pytest.raises(ValueError, match="--pairs must be from 1 to 8"):
+    with pytest.raises(ValueError, match=r"at least 72 for --pairs 9 and --repeats 1, not 64, or .* from 1 to 8$"):
         train.make_task(train.parse(["--seq", "64", "--pairs", "9", "--repeats", "1"]))
-    with pytest.raises(ValueError, match="1 to 2 for 512 keys, --seq 64 and --repeats 8"):
+    with pytest.raises(ValueError, match=r"at least 96 for --pairs 3 and --repeats 8, not 64, or .* from 1 to 2$"):
         train.make_task(train.parse(["--seq", "64", "--pairs", "3", "--repeats", "8"]))
+    with pytest.raises(ValueError, match=r"--seq must be at least 2048 for --pairs 64 and --repeats 8, not 128"):
+        train.make_task(train.parse(["--seq", "128"]))
+    with pytest.raises(ValueError, match=r"--seq must be at least 2048 for --pairs 64 and --repeats 8, not 16$"):
+        train.make_task(train.parse(["--seq", "16"]))
+    with pytest.raises(ValueError, match="--pairs must be from 1 to the number of --keys, 512, not 513"):
+        train.make_task(train.parse(["--pairs", "513", "--seq", "100000"]))
     with pytest.raises(ValueError, match="--repeats must be at least 1, not 0"):
         train.make_task(train.parse(["--repeats", "0"]))
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--steps", "-1"], "--steps must be at least 1, not -1"),
+        (["--log-every", "0"], "--log-every must be at least 1, not 0"),
+        (["--start-seq", "0"], "--start-seq must be at least 1, not 0"),
+        (["--attention", "dense", "--kv-heads", "3"], "--heads must be a multiple of --kv-heads, not 2 of 3"),
+        (["--task", "text", "--text", "/missing"], "--text must be a text file in UTF-8: .*'/missing'"),
+        (["--device", "nowhere"], "--device must be one that torch can use, such as cpu, not nowhere"),
+        (["--device", "cuda:99"], "--device must be one that torch can use, such as cpu, not cuda:99"),
+        (["--out", "/proc/x"], "--out must be a folder that can be written: .*'/proc/x'"),
+        (["--dump-activations", "/missing/x.pt"], "--dump-activations must be a file in a folder that is there"),
+    ],
+)
+def test_a_wrong_option_ends_the_command_with_a_sentence(
+    train: ModuleType, tmp_path: Path, words: list[str], sentence: str
+) -> None:
+    with pytest.raises(SystemExit, match=rf"^train\.py: {sentence}"):
+        train.main([*f"--seq 64 --steps 1 --out {tmp_path}".split(), *TINY, *words])
+
+
+def test_ctrl_c_keeps_the_log_and_the_model(train: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text("{}")  # of an earlier run in the folder
+    words = f"--seq 64 --steps 100000 --log-every 3 --out {tmp_path}".split()
+    log, root = tmp_path / "log.jsonl", str(EXAMPLES.parent)
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([*os.environ.get("PYTHONPATH", "").split(os.pathsep), root])}
+    process = subprocess.Popen(
+        [sys.executable, str(EXAMPLES / "train.py"), *words, *TINY], stderr=subprocess.PIPE, text=True, env=environ
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (log.exists() and log.read_text().count("\n") > 1) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    last = json.loads(log.read_text().splitlines()[-1])["step"]
+    kept = f"{tmp_path} has log.jsonl and model.pt until then"
+    assert process.returncode == 130
+    assert said == f"train.py: stopped after step {last}; {kept}; the same command begins anew\n"
+    assert (tmp_path / "model.pt").exists() and not (tmp_path / "result.json").exists()
+
+
+def test_the_step_under_way_is_the_last_of_log_and_weights(
+    train: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken, step = [], train.Trainer.step
+
+    def interrupted(trainer: object) -> object:
+        taken.append(step(trainer))
+        if len(taken) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return taken[-1]
+
+    monkeypatch.setattr(train.Trainer, "step", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as stop:
+        train.main([*f"--seq 64 --steps 9 --log-every 3 --out {tmp_path}".split(), *TINY])
+    assert stop.value.code == 130 and signal.getsignal(signal.SIGINT) is before
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [3, 5] and len(taken) == 5
+    assert records[-1]["loss"] == pytest.approx(sum(float(loss) for loss, _ in taken[3:]) / 2)
+    assert "stopped after step 5" in capsys.readouterr().err
+    assert "embedding.weight" in torch.load(tmp_path / "model.pt", weights_only=True)["weights"]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-NAMES = ("activations", "cached", "curves", "decoder", "generate", "tasks", "train")
+NAMES = ("activations", "cached", "curves", "decoder", "generate", "options", "tasks", "train")
 SIZES = "--device cpu --hidden 32 --layers 2 --heads 2 --kv-heads 1 --head-dim 16 --window 16 --num-selected 4"
 SMALL = [*SIZES.split(), "--seq", "400"]
 
@@ -156,7 +156,24 @@ def test_the_cache_is_judged_on_recall(generate: ModuleType, capsys: Any) -> Non
 def test_what_cannot_work_is_told_in_a_sentence(generate: ModuleType) -> None:
     with pytest.raises(SystemExit, match="--attention nsa"):
         generate.main([*SMALL, "--attention", "dense"])
-    with pytest.raises(SystemExit, match="up to 7 can be guessed"):
-        generate.main([*SMALL, "--draft", "8"])
-    with pytest.raises(SystemExit, match="a prompt has tokens"):
+    with pytest.raises(SystemExit, match=r"^generate\.py: --prompt must have at least one character$"):
         generate.main([*SMALL, "--prompt", ""])
+    with pytest.raises(SystemExit, match="--device must be one that torch can use"):
+        generate.main([*SMALL, "--device", "cuda:99"])
+
+
+@pytest.mark.parametrize(
+    ("option", "number", "range_"),
+    [
+        ("tokens", -3, "at least 1"),
+        ("batches", 0, "at least 1"),
+        ("chunk", 0, "at least 1"),
+        ("draft", 9, "from 0 to 7"),
+        ("draft", -1, "from 0 to 7"),
+    ],
+)
+def test_a_number_out_of_its_range_is_told_with_the_range(
+    generate: ModuleType, option: str, number: int, range_: str
+) -> None:
+    with pytest.raises(SystemExit, match=rf"^generate\.py: --{option} must be {range_}, not {number}$"):
+        generate.main([*SMALL, f"--{option}", str(number)])

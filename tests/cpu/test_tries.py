@@ -60,8 +60,9 @@ def test_the_configs_of_the_benchmarks_are_legal(file: str, problems: list[Probl
         ("{", "a line must be JSON"),
         ("[" * 100_000, "a line must be JSON"),
         ("[1]", "a JSON object of a family and a config"),
-        ({"family": "win_attn_fwd"}, "a JSON object of a family and a config"),
-        ({"family": "win_attn_fwd", "config": []}, "a JSON object of a family and a config"),
+        ({"family": "win_attn_fwd"}, "line=2, missing='config'"),
+        ({"family": "win_attn_fwd", "config": {}, "problem": {}}, "line=2, unknown='problem'"),
+        ({"family": "win_attn_fwd", "config": []}, "a config must be a JSON object"),
         ({"family": "win_attn_fw", "config": {}}, "must name a known family"),
         ({"family": ["x"], "config": {}}, "must name a known family"),
         ({"family": "win_attn_fwd", "config": {"BLOCK_X": 1}}, "no such parameter"),
@@ -82,7 +83,20 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
         read_tries(tmp_path / "none.jsonl")
 
 
-def test_a_target_measures_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_without_a_line_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="the file of --try names no config"):
+        read_tries(write(tmp_path, " "))
+
+
+def test_a_target_measures_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write(tmp_path, {"family": "win_attn_fwd", "config": {"BLOCK_N": 32}})
-    assert main(["tune", "--target", "cuda:90", "--try", str(path)]) == 2
-    assert "--try measures" in capsys.readouterr().err
+    assert main(["tune", "--target", "cuda:90,cuda:80", "--try", str(path)]) == 2
+    assert f"--try measures, and a --target is absent; got --try='{path}', --target='cuda:90,cuda:80'" in (
+        capsys.readouterr().err
+    )
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["tune", "--try", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "--try measures, and torch finds no GPU here" in said and "--target" not in said
