@@ -197,8 +197,8 @@ def only_warps_count(config: Config) -> float:
 
 
 def test_the_parameter_that_decides_is_the_most_important() -> None:
-    trials = invented_records(FAMILY, PROBLEM, 200, time_us=only_warps_count)
-    worth = parameter_worth(get_spec(FAMILY), trials)
+    trials = invented_records("win_attn_fwd", PROBLEM, 200, time_us=only_warps_count)
+    worth = parameter_worth(get_spec("win_attn_fwd"), trials)
     assert worth.params[0].param == "num_warps" and worth.params[0].best_value == 4
     assert sum(param.importance for param in worth.params) == pytest.approx(1.0)
     assert worth.params[0].importance > 2 * worth.params[1].importance

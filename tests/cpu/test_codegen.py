@@ -24,7 +24,7 @@ from problems import served
 from nsa_autotune.codegen import paths
 from nsa_autotune.codegen import render as render_module
 from nsa_autotune.codegen.compile import compile_variant, parse_target, shared_limit_bytes
-from nsa_autotune.codegen.golden import all_structures
+from nsa_autotune.codegen.golden import all_structures, structural_configs
 from nsa_autotune.codegen.grid import Launches, watch_launches
 from nsa_autotune.codegen.linemap import explain_line
 from nsa_autotune.codegen.load import explain, line_map_of, load, write_source
@@ -54,12 +54,13 @@ PROBLEMS = {
 
 
 def variants() -> Iterator[tuple[str, KernelSpec, Problem, Config]]:
-    """Every legal combination of the structural switches for every problem above."""
+    """Every legal combination of the structural switches for the plain problems, each two of them for the others."""
     for family, spec in all_specs().items():
         for label, problem in PROBLEMS.items():
             if problem.layout not in spec.layouts:
                 continue
-            for number, config in enumerate(all_structures(spec, problem)):
+            choose = all_structures if label in ("batched", "paged") else structural_configs
+            for number, config in enumerate(choose(spec, problem)):
                 yield f"{family}__{label}__{number}", spec, problem, config
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -220,12 +221,27 @@ def test_the_work_of_a_killed_process_is_taken_over(
     assert winners_of(url) == alone
 
 
+def stopped_between_writes(pid: int, url: str) -> bool:
+    """Stop a process unless it holds the lock of the database, for which others wait 30 seconds and then give up."""
+    os.kill(pid, signal.SIGSTOP)
+    database = sqlite3.connect(url.removeprefix("sqlite:///"), timeout=0.2, isolation_level=None)
+    try:
+        database.execute("BEGIN IMMEDIATE")
+        database.execute("ROLLBACK")
+    except sqlite3.OperationalError:
+        os.kill(pid, signal.SIGCONT)
+        return False
+    finally:
+        database.close()
+    return True
+
+
 def test_a_process_that_was_stopped_stores_nothing_for_work_that_is_no_longer_its_own(
     forker: Forker, tmp_path: Path, url: str, alone: dict[int, tuple[str, float, str]]
 ) -> None:
     fleet = forker.start(tmp_path / "fleet", [*COMMAND, "--db", url], 2, delay_s=0.02)
     fleet_fakes.until(lambda: len(fleet.told(0)) >= 3, 60.0)
-    os.kill(fleet.pid(0), signal.SIGSTOP)
+    fleet_fakes.until(lambda: stopped_between_writes(fleet.pid(0), url), 60.0)
     fleet_fakes.until((tmp_path / "fleet" / "1.code").exists, 60.0)
     os.kill(fleet.pid(0), signal.SIGCONT)
     assert fleet.wait() == [0, 0]
