@@ -44,28 +44,26 @@ def structures() -> Iterator[Work]:
             yield from ((spec, problem, config) for config in structural_configs(spec, problem))
 
 
-def winners(gpu: str) -> Iterator[Work]:
-    """The shipped winners of one GPU, each config of a family and head dim once."""
-    seen = set()
-    for file in sorted(WINNERS.glob("*.jsonl")):
-        for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
-            if row.get("record") != "winner" or row["fingerprint"]["gpu"] != gpu:
-                continue
-            problem = Problem.from_dict(row["problem"])
-            queries = problem.seq_q if problem.layout == "paged" else TOKENS
-            small = replace(problem, seq_q=queries, seq_k=TOKENS, num_q_heads=problem.group_size, num_kv_heads=1)
-            small = replace(small, batch=min(small.batch, BATCH))
-            key = (row["family"], problem.d_qk, problem.d_v, json.dumps(row["config"], sort_keys=True))
-            if key not in seen:
-                seen.add(key)
-                yield get_spec(row["family"]), small, row["config"]
+def winners(major: int, minor: int) -> Iterator[Work]:
+    """The shipped winners of all GPUs of a capability, each config of a family and head dim once."""
+    file, seen = WINNERS / f"sm_{major}{minor}.jsonl", set()
+    rows = map(json.loads, file.read_text(encoding="utf-8").splitlines()) if file.is_file() else ()
+    for row in (row for row in rows if row.get("record") == "winner"):
+        problem = Problem.from_dict(row["problem"])
+        queries = problem.seq_q if problem.layout == "paged" else TOKENS
+        small = replace(problem, seq_q=queries, seq_k=TOKENS, num_q_heads=problem.group_size, num_kv_heads=1)
+        small = replace(small, batch=min(small.batch, BATCH))
+        key = (row["family"], problem.d_qk, problem.d_v, json.dumps(row["config"], sort_keys=True))
+        if key not in seen:
+            seen.add(key)
+            yield get_spec(row["family"]), small, row["config"]
 
 
 def main(arguments: list[str]) -> int:
     """Launch and wait; a fault shows in the watching tool's report. `i/n`: every n-th; then families: only theirs."""
     part, parts = map(int, (arguments or ["0/1"])[0].split("/"))
     families = arguments[1:] or list(all_specs())
-    work = [w for w in (*structures(), *winners(torch.cuda.get_device_name(0))) if w[0].family in families]
+    work = [w for w in (*structures(), *winners(*torch.cuda.get_device_capability(0))) if w[0].family in families]
     launched = 0
     for spec, problem, config in work[part::parts]:
         try:
