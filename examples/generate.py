@@ -20,6 +20,7 @@ import torch
 import train
 from cached import CachedDecoder
 from decoder import Decoder
+from options import check_counts
 from tasks import IGNORED, Task, to_tokens
 
 from nsa_autotune.errors import NSAError
@@ -116,9 +117,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
 
 def check(options: argparse.Namespace) -> None:
     """Raise ValueError for a number that makes no sense."""
-    for name in ("tokens", "chunk", "batches"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, not {getattr(options, name)}")
+    check_counts(options, ("tokens", "chunk", "batches"))
     if not 0 <= options.draft < MAX_NEW:
         raise ValueError(f"--draft must be from 0 to {MAX_NEW - 1}, not {options.draft}")
 

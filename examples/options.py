@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -59,12 +60,17 @@ def parse(arguments: list[str] | None = None, description: str | None = None) ->
     return options
 
 
-def check(options: argparse.Namespace) -> None:
-    """Raise ValueError for an option that would fail later, in words of the library that meets it."""
-    for name in COUNTS:
+def check_counts(options: argparse.Namespace, names: Iterable[str]) -> None:
+    """Raise ValueError for one of these options that is given and below 1."""
+    for name in names:
         count = getattr(options, name.replace("-", "_"))
         if count is not None and count < 1:
             raise ValueError(f"--{name} must be at least 1, not {count}")
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise ValueError for an option that would fail later, in words of the library that meets it."""
+    check_counts(options, COUNTS)
     if options.heads % options.kv_heads:
         raise ValueError(f"--heads must be a multiple of --kv-heads, not {options.heads} of {options.kv_heads}")
     try:

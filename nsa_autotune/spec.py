@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from .config import NSAConfig
-from .errors import InvalidConfig, InvalidProblem
+from .errors import InvalidConfig, InvalidProblem, UnknownName
 
 SCHEMA_VERSION = 1
 DTYPES = ("bfloat16", "float16", "float32")
@@ -28,6 +28,12 @@ Config = dict[str, Value]  # how it is done: parameter name -> value
 def canonical_json(value: object) -> str:
     """JSON with sorted keys and no spaces: the form that is hashed and stored."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def check_policy(name: str) -> None:
+    """Raise UnknownName unless times are taken so."""
+    if name not in POLICY_NAMES:
+        raise UnknownName("no such measurement policy", {"policy": name}, f"Policies: {', '.join(POLICY_NAMES)}.")
 
 
 def digest(value: object) -> str:

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from ..errors import UnknownName
-from ..spec import DEFAULT_POLICY
+from ..spec import DEFAULT_POLICY, check_policy
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,5 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
 
 def get_policy(name: str = DEFAULT_POLICY) -> Policy:
     """The policy of this name; UnknownName with the known ones."""
-    if name not in POLICIES:
-        raise UnknownName("no such measurement policy", {"policy": name}, f"Policies: {', '.join(POLICIES)}.")
+    check_policy(name)
     return POLICIES[name]

@@ -111,13 +111,15 @@ def check_in_interpreter(run: Run, display: TuneDisplay) -> bool:
     families = count_text(len(specs), "family", "families")
     display.note(f"checking {families} in Triton's interpreter: minutes, once; --no-check leaves it out")
     with interpret.interpreter_worker() as worker:
+        runner = interpret.Remembering(worker, recall=not run.retune)
         for family, spec in specs.items():
             display.say(f"checking {family} in the interpreter")
-            runner = interpret.Remembering(worker, recall=not run.retune)
+            before = runner.recalled
             checks = interpret.check_in_interpreter(spec, runner=runner, max_cases=1)
             wrong = [check for check in checks if not check.ok]
             text = f"{family}: {len(checks) - len(wrong)} of {len(checks)} variants right in the interpreter"
-            display.note(text + (f", {runner.recalled} of them in an earlier run" if runner.recalled else ""))
+            recalled = runner.recalled - before
+            display.note(text + (f", {recalled} of them in an earlier run" if recalled else ""))
             for check in wrong:
                 display.note(f"    {check.reason}  {check.config}")
             right = right and not wrong

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import NSAConfig
-from ..errors import InvalidInput, KernelError, NotTuned, UnknownName
-from ..spec import DEFAULT_LOCALITY, DEFAULT_POLICY, POLICY_NAMES, Config, KernelSpec, Problem
+from ..errors import InvalidInput, KernelError, NotTuned
+from ..spec import DEFAULT_LOCALITY, DEFAULT_POLICY, Config, KernelSpec, Problem, check_policy
 from .fingerprint import Fingerprint, current
 from .ladder import Choice, Step, Winner, choose, choose_predicted
 from .misses import Misses
@@ -52,10 +52,9 @@ class Dispatcher:
         trusted: Callable[[], None] = require_prepared_launches,
         kernels: KernelSource | None = None,
     ) -> None:
-        if policy not in POLICY_NAMES:
-            raise UnknownName("no such measurement policy", {"policy": policy}, f"Policies: {', '.join(POLICY_NAMES)}.")
-        if not 0.0 <= locality <= 1.0:
-            raise InvalidInput("locality is a probability", {"locality": locality}, "It lies in [0, 1]; 0 is random.")
+        check_policy(policy)
+        if not 0.0 <= locality < 1.0:  # as a Problem's, which would say so in the first launch
+            raise InvalidInput("locality is a probability", {"locality": locality}, "It lies in [0, 1); 0 is random.")
         self.number = next(_numbers)
         _dispatchers[self.number] = self
         self.strict = strict

@@ -14,7 +14,7 @@ from ..bench.worker import MeasureWorker
 from ..codegen.paths import cache_dir
 from ..codegen.render import template_digest
 from ..kernels import get_spec
-from ..spec import Config, KernelSpec, Problem, canonical_json
+from ..spec import Config, KernelSpec, Problem, digest
 from .space import ConfigSpace, config_key
 
 TRIAL_TIMEOUT_S = 300.0  # of silence; the interpreter takes milliseconds for each program and tile
@@ -52,7 +52,7 @@ class Remembering:
     def measure(self, family: str, problem: Problem, config: Config) -> TrialResult:
         """What the runner finds, or found."""
         facts = [judge_digest(), template_digest(get_spec(family)), family, problem.to_dict(), config]
-        key = hashlib.sha256(canonical_json(facts).encode()).hexdigest()
+        key = digest(facts)
         if key in self._known:
             self.recalled += 1
             return TrialResult("ok", "")

@@ -7,12 +7,13 @@ import shlex
 from pathlib import Path
 
 import pytest
+from cpu.test_docs import blocks
 
 from nsa_autotune.cli.app import main
 from nsa_autotune.search.presets import PRESETS, parse_seq_lens
 
 TEXT = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
-PYTHON = [part.partition("```")[0] for part in TEXT.split("```python\n")[1:]]
+PYTHON = blocks("../README.md")
 QUERIES = re.findall(r"^nsa-autotune (db (?:query|best|compare) [^#\n]*)(# .*)?$", TEXT, re.MULTILINE)
 
 
