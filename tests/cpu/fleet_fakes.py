@@ -148,6 +148,10 @@ class Fleet:
         until(lambda: all(file.exists() for file in files), timeout_s)
         return [int(file.read_text()) for file in files]
 
+    def ends(self, *codes: int) -> None:
+        """Assert how the members end; where one ends otherwise, the failure shows what each said."""
+        assert self.wait() == list(codes), [self.said(index) for index in range(self.number)]
+
 
 def until(what: object, timeout_s: float) -> None:
     """Wait for it."""

@@ -197,7 +197,7 @@ def test_three_processes_do_every_trial_once(
     forker: Forker, tmp_path: Path, url: str, alone: dict[int, tuple[str, float, str]]
 ) -> None:
     fleet = forker.start(tmp_path / "fleet", [*COMMAND, "--db", url], 3)
-    assert fleet.wait() == [0, 0, 0]
+    fleet.ends(0, 0, 0)
     counts = search_trials(url)
     assert len(counts) == PROBLEMS * CONFIGS and set(counts.values()) == {1}
     told = [digest for index in range(3) for digest in fleet.told(index)]
@@ -214,16 +214,23 @@ def test_the_work_of_a_killed_process_is_taken_over(
 ) -> None:
     fleet = forker.start(tmp_path / "fleet", [*COMMAND, "--db", url], 2, delay_s=0.02)
     fleet.kill(0, after=5)
-    assert fleet.wait() == [-9, 0]
+    fleet.ends(-9, 0)
     counts = search_trials(url)
     assert len(counts) == PROBLEMS * CONFIGS and set(counts.values()) == {1}, "its trials count"
     assert set(fleet.told(0)) <= stored_digests(url), "what it told is stored"
     assert winners_of(url) == alone
 
 
+def is_stopped(pid: int) -> bool:
+    """True once no thread of it runs; in Linux's line the state follows the name, which may hold spaces."""
+    lines = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return all(line.rpartition(")")[2].split()[0] == "T" for line in lines)
+
+
 def stopped_between_writes(pid: int, url: str) -> bool:
     """Stop a process unless it holds the lock of the database, for which others wait 30 seconds and then give up."""
     os.kill(pid, signal.SIGSTOP)
+    fleet_fakes.until(lambda: is_stopped(pid), 60.0)  # a signal is only a wish: it may first take the lock
     database = sqlite3.connect(url.removeprefix("sqlite:///"), timeout=0.2, isolation_level=None)
     try:
         database.execute("BEGIN IMMEDIATE")
@@ -244,7 +251,7 @@ def test_a_process_that_was_stopped_stores_nothing_for_work_that_is_no_longer_it
     fleet_fakes.until(lambda: stopped_between_writes(fleet.pid(0), url), 60.0)
     fleet_fakes.until((tmp_path / "fleet" / "1.code").exists, 60.0)
     os.kill(fleet.pid(0), signal.SIGCONT)
-    assert fleet.wait() == [0, 0]
+    fleet.ends(0, 0)
     assert "taken over by another process" in fleet.said(0)
     counts = search_trials(url)
     assert len(counts) == PROBLEMS * CONFIGS and set(counts.values()) == {1}
@@ -253,9 +260,9 @@ def test_a_process_that_was_stopped_stores_nothing_for_work_that_is_no_longer_it
 
 def test_retuned_problems_are_measured_once_by_all_together(forker: Forker, tmp_path: Path, url: str) -> None:
     began = forker.start(tmp_path / "first", [*COMMAND, "--db", url], 1)
-    assert began.wait() == [0]
+    began.ends(0)
     fleet = forker.start(tmp_path / "again", [*COMMAND, "--db", url, "--retune"], 2)
-    assert fleet.wait() == [0, 0]
+    fleet.ends(0, 0)
     with TuningStore(url) as store:
         races = Counter(
             t.problem["seq_k"] for t in store.trials(gpu=FINGERPRINT.gpu, stage="final", provider="template")

@@ -101,7 +101,7 @@ def test_a_host_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -
 def test_a_fleet_survives_deaths_and_a_restart(server: Server, url: str, tmp_path: Path) -> None:
     alone = server.make_database("alone")
     with Forker() as forker:
-        assert forker.start(tmp_path / "alone", [*COMMAND, "--db", alone], 1).wait() == [0]
+        forker.start(tmp_path / "alone", [*COMMAND, "--db", alone], 1).ends(0)
         fleet = forker.start(tmp_path / "fleet", [*COMMAND, "--db", url], WORKERS, delay_s=0.04)
         all_told = lambda: sum(len(fleet.told(index)) for index in range(WORKERS))  # noqa: E731
         until(lambda: all_told() >= 8, 60.0)
