@@ -33,11 +33,11 @@ BIN := $(VENV)/bin
 REQUIREMENT := $(if $(filter cpu,$(BUILD)),$(TORCH_CPU),$(TORCH_CUDA))
 STAMP := $(VENV)/.ready-$(BUILD)
 
-.PHONY: help setup tune test test-gpu test-browser fuzz kill sanitize bench lint format goldens wheel smoke clean
+.PHONY: help setup tune test test-gpu test-browser fuzz kill sanitize bench tables lint format goldens wheel smoke clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
-	@echo "targets: setup tune test test-gpu test-browser fuzz kill sanitize bench lint format goldens wheel smoke clean"
+	@echo "targets: setup tune test test-gpu test-browser fuzz kill sanitize bench tables lint format goldens wheel smoke clean"
 
 setup: $(STAMP)
 
@@ -77,6 +77,15 @@ sanitize: $(STAMP)  ## memory errors and races of every structure and shipped wi
 
 bench: $(STAMP)
 	$(BIN)/nsa-autotune bench $(ARGS)
+
+tables: $(STAMP)  ## the tables of benchmarks/results that need a GPU: forward, training, decode, with the database's winners
+	$(BIN)/python benchmarks/forward.py --preset gqa16-d128,paper-27b --module
+	$(BIN)/python benchmarks/forward.py --preset gqa16-d128,paper-27b --dtype float16
+	$(BIN)/python benchmarks/training.py --module
+	$(BIN)/python benchmarks/training.py --dtype float16
+	$(BIN)/python benchmarks/training.py --small-groups --memory
+	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/decode.py --cache-dtype fp8
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -40,7 +40,8 @@ def main(arguments: Sequence[str]) -> int:
     localities = tuple(split([options.locality]))
     extras: list[Extra] = [partial(module_entry, hidden_size=options.hidden_size)] if options.module else []
     try:
-        choices = (ProblemChoice(preset, options.seq, localities=localities) for preset in split([options.preset]))
+        dtypes = tuple(split([options.dtype]))
+        choices = (ProblemChoice(preset, options.seq, dtypes, localities) for preset in split([options.preset]))
         plan = plan_work(problem for choice in choices for problem in choice.problems(PRESET))
         report = run(
             plan,
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
             say=say,
         )
         show(report)
-        for path in write_results(report, options.folder):
+        for path in write_results(report, options.folder, dtypes):
             print(path)
     except NSAError as error:
         errors().print(f"error: {error}", style="red", markup=False, soft_wrap=True)
@@ -66,6 +67,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default=PRESET, help="one or more, with commas between them")
     parser.add_argument("--seq", default="8k,32k,64k")
+    parser.add_argument("--dtype", default="", help="one or more; as the preset if none; then named in the page's file")
     parser.add_argument("--locality", default=",".join(LOCALITIES))
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--device", default="cuda:0")
@@ -89,10 +91,10 @@ def without_places(arguments: Sequence[str]) -> list[str]:
     return kept
 
 
-def write_results(report: Report, folder: Path) -> list[Path]:
+def write_results(report: Report, folder: Path, dtypes: Sequence[str]) -> list[Path]:
     """The dated page and the JSON behind it; returns their paths."""
     date, gpu = report.created[:10], report.fingerprint["gpu"]
-    stem = f"{date}-{gpu_slug(gpu)}-forward"
+    stem = "-".join([date, gpu_slug(gpu), "forward", *dtypes])
     return write_page(folder / stem, markdown(report, f"Forward on {gpu}, {date}"), json_text(report))
 
 
@@ -119,7 +121,15 @@ def module_entry(bench: Bench, problem: Problem, *, hidden_size: int) -> Entry:
 
 def module_call(problem: Problem, hidden_size: int, dispatcher: Dispatcher, device: torch.device) -> Fn:
     """A forward of NativeSparseAttention with random weights."""
+    module = make_module(problem, hidden_size, dispatcher, device).requires_grad_(False)
     dtype = getattr(torch, problem.dtype)
+    return partial(module, torch.randn(problem.batch, problem.seq_q, hidden_size, device=device, dtype=dtype))
+
+
+def make_module(
+    problem: Problem, hidden_size: int, dispatcher: Dispatcher, device: torch.device
+) -> NativeSparseAttention:
+    """The module of a problem's shape."""
     module = NativeSparseAttention(
         hidden_size,
         problem.num_q_heads,
@@ -130,17 +140,25 @@ def module_call(problem: Problem, hidden_size: int, dispatcher: Dispatcher, devi
         phi_hidden=problem.phi_hidden,
         dispatcher=dispatcher,
     )
-    module = module.to(device, dtype).requires_grad_(False)
-    return partial(module, torch.randn(problem.batch, problem.seq_q, hidden_size, device=device, dtype=dtype))
+    return module.to(device, getattr(torch, problem.dtype))
 
 
 def module_cost(problem: Problem, hidden_size: int) -> Cost:
     """The branches and the projections; rotary and gates' sigmoid are left out."""
-    inner, p = cost_of(MLP_FORWARD, problem), problem
+    return sum_costs(cost_of(MLP_FORWARD, problem), projections_cost(problem, hidden_size))
+
+
+def projections_cost(problem: Problem, hidden_size: int) -> Cost:
+    """The projections of a forward; a backward costs them twice."""
+    p, tokens = problem, problem.batch * problem.seq_q
     width = p.num_q_heads * (p.d_qk + p.d_v + 3) + 3 * p.num_kv_heads * (p.d_qk + p.d_v)  # of all projections
-    tokens = p.batch * p.seq_q
     moved = ELEMENT_BYTES[p.dtype] * (hidden_size * width + tokens * (2 * hidden_size + width))
-    return Cost(inner.flops + 2.0 * tokens * hidden_size * width, inner.bytes_moved + moved)
+    return Cost(2.0 * tokens * hidden_size * width, float(moved))
+
+
+def sum_costs(*costs: Cost) -> Cost:
+    """Operations and bytes of all."""
+    return Cost(sum(cost.flops for cost in costs), sum(cost.bytes_moved for cost in costs))
 
 
 if __name__ == "__main__":

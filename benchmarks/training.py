@@ -2,6 +2,7 @@
 
 Measures forward, backward and both of `nsa_attention`, every backward family by itself, dense causal attention by cuDNN
 and FlashAttention-2, and peak memory; writes `results/<date>-<gpu>-training.md` and `.json` beside this file.
+With --module also NativeSparseAttention with its projections, learned compression and keys and values of every branch.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ from typing import Any
 
 import torch
 from forward import RESULTS, gpu_slug, without_places, write_page
-from training_calls import dense_entries, our_entries
+from training_calls import dense_entries, module_entries, our_entries
 from training_page import (
     BOTH,
     COMPRESSED,
+    FAMILIES,
     FORWARD,
     GROUP_KV_HEADS,
-    GROUP_MARKS_MS,
     GROUP_TOKENS,
+    GROUPS,
     SELECTED,
     WINDOW,
     Memory,
@@ -74,9 +76,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", help=f"one or more, with commas; {PRESETS} unless only sections are asked for")
     parser.add_argument("--seq", default=SEQ)
+    parser.add_argument("--dtype", default="", help="one or more; as the preset if none; then named in the page's file")
     parser.add_argument("--phi", choices=("mean", "mlp"), default="mean", help="compression: by the mean, or learned")
-    parser.add_argument("--small-groups", action="store_true", help="selected backward for groups of 1, 2, 4, 8")
+    parser.add_argument("--small-groups", action="store_true", help="selected attention for groups of 1, 2, 4, 8")
     parser.add_argument("--memory", action="store_true", help="a step on 256k tokens and a forward on 512k, once each")
+    parser.add_argument("--module", action="store_true", help="also the module with its projections")
+    parser.add_argument("--hidden-size", type=int, default=4096, help="of the module")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="most samples of a line")
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--db", default=None)
@@ -92,7 +97,7 @@ def make_plan(options: argparse.Namespace) -> list[Work]:
         raise InvalidInput("a line has at least 5 samples", values, "Write for example --rounds 10.")
     only_sections = options.preset is None and (options.small_groups or options.memory)
     names = [] if only_sections else split([options.preset or PRESETS])
-    choices = [ProblemChoice(name, options.seq, localities=LOCALITIES) for name in names]
+    choices = [ProblemChoice(name, options.seq, tuple(split([options.dtype])), LOCALITIES) for name in names]
     plan = plan_work(problem for choice in choices for problem in choice.problems(PRESETS))
     check_plan(plan)
     return plan
@@ -106,7 +111,8 @@ def run(
     memory: list[Memory] = []
     how: dict[str, Any] = {"db": options.db, "untuned": options.untuned, "rounds": options.rounds, "say": say}
     with open_bench(where, **how, target_ms=TARGET_MS) as bench:
-        rates = {Problem().dtype: measure_rates(bench, Problem().dtype)}
+        dtypes = dict.fromkeys([work.problem.dtype for work in plan] or [Problem().dtype])
+        rates = {dtype: measure_rates(bench, dtype) for dtype in dtypes}
         for section in sections(plan, options, bench):
             more_rows, more_memory = section()
             rows, memory = rows + more_rows, memory + more_memory
@@ -116,9 +122,10 @@ def run(
 
 def sections(plan: Sequence[Work], options: argparse.Namespace, bench: Bench) -> list[Callable[[], Found]]:
     """What is measured, one after the other."""
-    found: list[Callable[[], Found]] = [partial(measure, work, bench, options.phi) for work in plan]
+    hidden_size = options.hidden_size if options.module else None
+    found: list[Callable[[], Found]] = [partial(measure, work, bench, options.phi, hidden_size) for work in plan]
     if options.small_groups:
-        found += [partial(small_group, group, bench) for group in GROUP_MARKS_MS]
+        found += [partial(small_group, group, bench) for group in GROUPS]
     if options.memory:
         found += [partial(long_context, tokens, stage, bench, options.phi) for tokens, stage in MEMORY_PLAN]
     return found
@@ -129,26 +136,38 @@ def write_results(report: Report, memory: Sequence[Memory], options: argparse.Na
     date, gpu = report.created[:10], report.fingerprint["gpu"]
     asked = {"small-groups": options.small_groups, "memory": options.memory}
     only = [] if options.preset else [name for name, wanted in asked.items() if wanted]  # pages of their own
-    stem = "-".join([date, gpu_slug(gpu), "training", *(["mlp"] if options.phi == "mlp" else []), *only])
+    variant = [*(["mlp"] if options.phi == "mlp" else []), *split([options.dtype])]
+    stem = "-".join([date, gpu_slug(gpu), "training", *variant, *only])
     page = markdown(report, memory, f"Training on {gpu}, {date}")
     return write_page(
         options.folder / stem, page, json.dumps(to_dict(report, memory), indent=1, allow_nan=False) + "\n"
     )
 
 
-def measure(work: Work, bench: Bench, phi: str) -> Found:
-    """Whole calls beside cuDNN, FlashAttention-2 by itself, and the families of the backward."""
-    problem = work.problem
-    rows, memory = beside_cudnn(problem, bench, phi)
-    free(bench.device)
-    more_rows, more_memory = flash(problem, bench)
-    free(bench.device)
-    rows, memory = rows + more_rows, memory + more_memory
-    for name in BRANCHES:
-        rows += branch_rows(name, work, bench)
+def measure(work: Work, bench: Bench, phi: str, hidden_size: int | None) -> Found:
+    """Whole calls beside cuDNN, FlashAttention-2 and the module by themselves, and the families of the backward."""
+    rows: list[Row] = []
+    memory: list[Memory] = []
+    parts = [partial(beside_cudnn, work.problem, bench, phi), partial(flash, work.problem, bench)]
+    if hidden_size is not None:
+        parts.append(partial(module, work.problem, bench, hidden_size))
+    for part in parts:
+        more_rows, more_memory = part()
+        rows, memory = rows + more_rows, memory + more_memory
+        free(bench.device)
+    return rows + backward_rows(work, bench, phi), memory
+
+
+def backward_rows(work: Work, bench: Bench, phi: str) -> list[Row]:
+    """Every family of the backward, the sums of the branches, and that of all."""
+    rows = [row for name in BRANCHES for row in branch_rows(name, work, bench)]
     for family in ("gate_sum_bwd", "cmp_mlp_bwd" if phi == "mlp" else "cmp_pool_bwd"):
         rows += time_group(branch_entries(get_spec(family), work, bench), bench)
-    return rows, memory
+    families = [row for row in rows if row.kind == "branch"]
+    return rows + [
+        sum_of(FAMILIES, "sum", [row for row in families if row.locality in (locality, None)], locality)
+        for locality in work.localities
+    ]
 
 
 def beside_cudnn(problem: Problem, bench: Bench, phi: str) -> Found:
@@ -168,6 +187,12 @@ def flash(problem: Problem, bench: Bench) -> Found:
     return [*rows, sum_of(f"{FLASH} {BOTH}", "dense", rows)], memory
 
 
+def module(problem: Problem, bench: Bench, hidden_size: int) -> Found:
+    """NativeSparseAttention with its projections."""
+    entries, memory = module_entries(problem, bench, hidden_size)
+    return time_group(entries, bench), memory
+
+
 def branch_rows(name: str, work: Work, bench: Bench) -> list[Row]:
     """Every family of a branch's backward, and their sum at each locality."""
     specs = [spec for family, spec in all_specs().items() if family.startswith(BRANCHES[name])]
@@ -179,10 +204,12 @@ def branch_rows(name: str, work: Work, bench: Bench) -> list[Row]:
 
 
 def small_group(group: int, bench: Bench) -> Found:
-    """Selected backward of one group size, on random selections."""
+    """Selected attention of one group size, forward and backward."""
     heads = GROUP_KV_HEADS * group
     problem = Problem(seq_q=GROUP_TOKENS, seq_k=GROUP_TOKENS, num_q_heads=heads, num_kv_heads=GROUP_KV_HEADS)
-    return branch_rows(SELECTED, Work(problem.replace(locality=0.0), (0.0,)), bench), []
+    work = Work(problem.replace(locality=0.0), tuple(map(float, LOCALITIES)))
+    forward = time_group(branch_entries(get_spec("slc_attn_fwd"), work, bench), bench)
+    return forward + branch_rows(SELECTED, work, bench), []
 
 
 def long_context(tokens: int, stage: str, bench: Bench, phi: str) -> Found:

@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from forward import MLP_FORWARD
+from forward import MLP_FORWARD, make_module, projections_cost, sum_costs
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -94,6 +94,13 @@ def _phi(problem: Problem, width: int, draw: Callable[..., Tensor]) -> PhiWeight
     return found
 
 
+def module_contender(problem: Problem, device: torch.device, hidden_size: int, dispatcher: Dispatcher) -> Contender:
+    """NativeSparseAttention on random tokens; the leaves are they and its weights."""
+    draw, module = _drawer(problem, device, True), make_module(problem, hidden_size, dispatcher, device)
+    x, do = (draw(problem.batch, problem.seq_q, hidden_size) for _ in range(2))
+    return Contender(partial(module, x), (x, *module.parameters()), do.detach())
+
+
 def dense_contender(provider: str, problem: Problem, device: torch.device, grouped: bool) -> Contender:
     """Dense causal attention; kv heads are repeated once, before the clock starts, unless `grouped`."""
     draw, backend = _drawer(problem, device, True), getattr(SDPBackend, SDPA_BACKENDS[provider])
@@ -143,8 +150,7 @@ def our_cost(problem: Problem, phi: str) -> dict[str, Cost]:
     attention = [family for family in all_specs() if "_attn_bwd" in family]
     forward = cost_of(MLP_FORWARD if phi == "mlp" else MEAN_FORWARD, problem)
     backward = cost_of(["gate_sum_bwd", *attention, pool], problem)
-    both = Cost(forward.flops + backward.flops, forward.bytes_moved + backward.bytes_moved)
-    return {FORWARD: forward, SAVING: forward, BACKWARD: backward, BOTH: both}
+    return {FORWARD: forward, SAVING: forward, BACKWARD: backward, BOTH: sum_costs(forward, backward)}
 
 
 def our_entries(
@@ -159,6 +165,27 @@ def our_entries(
     entries = [
         Entry(f"{stage}{note}", "ours", problem, None, costs[stage], partial(_prepare, made, stage), dispatcher)
         for stage in stages
+    ]
+    return entries, memory
+
+
+def module_entries(problem: Problem, bench: Bench, hidden_size: int) -> tuple[list[Entry], list[Memory]]:
+    """The module with its projections, in the same stages."""
+    dispatcher, inner = bench.make_dispatcher(None), our_cost(problem, "mlp")
+    make = partial(module_contender, problem, bench.device, hidden_size, dispatcher)
+    made, memory = try_out("nsa module", BOTH, problem, "grouped", bench.device, make)
+    once = projections_cost(problem, hidden_size)
+    entries = [
+        Entry(
+            f"{stage}, module of hidden size {hidden_size}",
+            "module",
+            problem,
+            None,
+            sum_costs(inner[stage], *[once] * times),
+            partial(_prepare, made, stage),
+            dispatcher,
+        )
+        for stage, times in ((FORWARD, 1), (BACKWARD, 2), (BOTH, 3))
     ]
     return entries, memory
 

@@ -14,6 +14,7 @@ from nsa_autotune.cli.bench_report import (
     Row,
     by_shape,
     facts,
+    has_marks,
     markdown_table,
     ms_text,
     reasons,
@@ -22,22 +23,28 @@ from nsa_autotune.cli.bench_report import (
     shape_text,
     tflops,
 )
-from nsa_autotune.config import NSAConfig
 from nsa_autotune.spec import Problem
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
 SAVING = "forward that saves for the backward"
+FAMILIES = "whole backward, sum of families"
 STAGES: Mapping[str, str] = {FORWARD: FORWARD, SAVING: FORWARD, BACKWARD: BACKWARD, BOTH: BOTH}  # ours: the libraries'
 COMPRESSED, SELECTED, WINDOW = "compressed backward", "selected backward", "window backward"
 
-# ms on an H100: 64k tokens, 64 heads in groups of 16, d 128
-MARKS_MS: Mapping[tuple[str, float | None], float] = {
-    (COMPRESSED, None): 40.0,
-    (SELECTED, 0.0): 35.0,
-    (BACKWARD, None): 90.0,
+# ms on an H100 by tokens: batch 1, 64 heads in groups of 16, d 128
+MARKS_MS: Mapping[tuple[str, float | None], Mapping[int, float]] = {
+    (COMPRESSED, None): {32768: 8.0, 65536: 30.0},
+    (SELECTED, 0.0): {8192: 2.9, 32768: 12.5, 65536: 26.0},
+    (SELECTED, 0.8): {8192: 2.2, 32768: 9.0, 65536: 19.0},
+    (FAMILIES, 0.8): {8192: 4.8, 32768: 20.0, 65536: 58.0},
+    (BACKWARD, None): {65536: 90.0},
 }
-# by group size: selected backward on random selections, 32k tokens, 4 kv heads of d 128
-GROUP_MARKS_MS: Mapping[int, float] = {1: 12.0, 2: 12.5, 4: 13.0, 8: 15.0}
+# by group size: random selections, 32k tokens, 4 kv heads of d 128
+GROUP_MARKS_MS: Mapping[str, Mapping[int, float]] = {
+    "slc_attn_fwd": {1: 4.55, 2: 4.7, 4: 4.75, 8: 4.75},
+    SELECTED: {1: 6.05, 2: 6.4, 4: 6.55, 8: 7.55},
+}
+GROUPS = tuple(GROUP_MARKS_MS[SELECTED])
 GROUP_TOKENS, GROUP_KV_HEADS = 32768, 4
 
 NOT_SUPPORTED = "not supported"
@@ -51,6 +58,8 @@ NOTES = (
     f"{BACKWARD}: torch.autograd.grad of all inputs on a graph that is kept.",
     "Ours has keys and values for each branch; gates are inputs. Importance on random data selects.",
     f"{COMPRESSED}, {SELECTED}, {WINDOW}: sums of the medians of their families, each timed on inputs of its own.",
+    f"{FAMILIES}: these three, the gated sum's and the compression's, at a locality; {BACKWARD} has its own selection.",
+    "module: NativeSparseAttention with projections and learned compression; gradients of its input and all weights.",
     "locality: of the selections that a family was given; the other families do not depend on it.",
     f"Dense: causal, without projections, on the same heads. Dense {BOTH}: sum of the two medians.",
     "Expanded kv heads: the library takes no groups, so it got as many kv heads as query heads, and returns so many.",
@@ -88,14 +97,10 @@ def sum_of(work: str, kind: str, parts: Sequence[Row], locality: float | None = 
 def mark_ms(row: Row) -> float | None:
     """The mark of this line, None where none is set."""
     p = row.problem
-    shape = (p.batch, p.seq_q, p.seq_k, p.num_q_heads, p.num_kv_heads, p.d_qk, p.d_v)
-    if p.dtype == "float32" or p.nsa != NSAConfig() or p.layout != "batched":
-        return None
-    if shape == (1, 65536, 65536, 64, 4, 128, 128):
-        return MARKS_MS.get((row.work, row.locality))
-    heads = GROUP_KV_HEADS * p.group_size
-    is_small = shape == (1, GROUP_TOKENS, GROUP_TOKENS, heads, GROUP_KV_HEADS, 128, 128)
-    return GROUP_MARKS_MS.get(p.group_size) if is_small and (row.work, row.locality) == (SELECTED, 0.0) else None
+    if has_marks(p):
+        return MARKS_MS.get((row.work, row.locality), {}).get(p.seq_k)
+    is_small = has_marks(p.replace(num_q_heads=64)) and p.seq_k == GROUP_TOKENS and row.locality == 0.0
+    return GROUP_MARKS_MS.get(row.work, {}).get(p.group_size) if is_small else None
 
 
 def verdict(row: Row) -> str:

@@ -18,15 +18,15 @@ GIVEN_BLOCKS = "whole forward, given blocks"
 CUDNN, FLASH = "cudnn_sdpa", "flash_sdpa"
 NOT_MEASURED = "not measured"
 
-# ms on an H100 at 64k tokens, d 128, groups of 16: the first marks to pass
-MARKS_MS: Mapping[tuple[str, float | None], float] = {
-    ("cmp_attn_fwd", None): 10.0,
-    ("slc_select_fwd", None): 10.0,
-    ("slc_attn_fwd", 0.0): 17.0,
-    ("slc_attn_fwd", 0.8): 10.0,
-    ("win_attn_fwd", None): 5.0,
+# ms on an H100 by tokens: batch 1, 64 heads in groups of 16, d 128
+MARKS_MS: Mapping[tuple[str, float | None], Mapping[int, float]] = {
+    ("cmp_attn_fwd", None): {32768: 2.4, 65536: 8.0},
+    ("slc_select_fwd", None): {8192: 0.2, 32768: 1.9, 65536: 7.0},
+    ("slc_attn_fwd", 0.0): {8192: 1.5, 32768: 6.7, 65536: 14.0},
+    ("slc_attn_fwd", 0.8): {8192: 0.8, 32768: 3.2, 65536: 6.5},
+    ("win_attn_fwd", None): {32768: 1.4, 65536: 2.8},
+    (GIVEN_BLOCKS, 0.8): {8192: 1.8, 32768: 8.5, 65536: 25.0},
 }
-WHOLE_MARK_MS = 45.0
 
 COLUMNS = (
     *("work", "seq", "locality", "ms", "p20..p80", "TFLOP/s", "GB/s", "roofline"),
@@ -43,7 +43,7 @@ NOTES = (
     f"{END_TO_END}: nsa_attention as called; importance on random data selects, so adjacent tokens share few blocks.",
     f"{GIVEN_BLOCKS}: one timed call too; the selection runs, but synthetic blocks of the locality are attended to.",
     f"{CUDNN} and {FLASH}: dense causal attention on the same shapes, without projections; vs: their time over ours.",
-    "mark: set for an H100 at 64k tokens, d 128, 64 heads in groups of 16; judge it by the GPU named above.",
+    "mark: set for an H100 with d 128, 64 heads in groups of 16; judge it by the GPU named above.",
 )
 
 
@@ -152,12 +152,15 @@ def gbps(row: Row) -> float | None:
 
 
 def mark_ms(row: Row) -> float | None:
-    """The first mark of this work, None where none is set."""
-    p = row.problem
-    shape = (p.batch, p.seq_q, p.seq_k, p.num_q_heads, p.num_kv_heads, p.d_qk, p.d_v)
-    if shape != (1, 65536, 65536, 64, 4, 128, 128) or p.dtype == "float32" or p.nsa != NSAConfig():
-        return None
-    return WHOLE_MARK_MS if row.kind == "whole" else MARKS_MS.get((row.work, row.locality))
+    """The mark of this work, None where none is set."""
+    return MARKS_MS.get((row.work, row.locality), {}).get(row.problem.seq_k) if has_marks(row.problem) else None
+
+
+def has_marks(problem: Problem) -> bool:
+    """True for the heads and the constants that marks are set for."""
+    p = problem
+    shape = (p.layout, p.batch, p.seq_q, p.num_q_heads, p.num_kv_heads, p.d_qk, p.d_v)
+    return shape == ("batched", 1, p.seq_k, 64, 4, 128, 128) and p.dtype != "float32" and p.nsa == NSAConfig()
 
 
 def cells(report: Report, row: Row) -> tuple[object, ...]:

@@ -63,11 +63,12 @@ class Choice:
 
 SIZES = ("seq_q", "seq_k", "batch", "num_q_heads", "num_kv_heads")
 MAX_SIZE = 2**63  # no size of a problem is as large
-SAME = ("d_qk", "d_v", "dtype")  # a config tuned for other head dims or dtypes says little
+SAME = ("d_qk", "d_v")  # a config tuned for other head dims says little
+HALVES, HALF_GAP = ("bfloat16", "float16"), 0.5  # octaves between the two: the same tiles, registers and bytes
 
 
 def distance(spec: KernelSpec, problem: Problem, key: str) -> float:
-    """Steps between a problem and a tuned one: octaves in size, plus one for every other difference; inf if alien."""
+    """Steps between a problem and a tuned one: octaves in size, more for other differences; inf if alien."""
     wanted = json.loads(spec.problem_key(problem))
     tuned = _fields_of(key)
     if set(wanted) != set(tuned) or any(wanted.get(name) != tuned.get(name) for name in SAME):
@@ -78,6 +79,8 @@ def distance(spec: KernelSpec, problem: Problem, key: str) -> float:
             total += abs(math.log2(value / tuned[name]))
         elif name == "locality":
             total += abs(value - tuned[name])
+        elif name == "dtype" and value != tuned[name]:
+            total += HALF_GAP if value in HALVES and tuned[name] in HALVES else math.inf
         elif value != tuned[name]:
             total += 4.0
     if {"num_q_heads", "num_kv_heads"} <= wanted.keys():

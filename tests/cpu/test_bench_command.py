@@ -20,7 +20,7 @@ from nsa_autotune.cli import bench_entries, bench_run
 from nsa_autotune.cli.app import main
 from nsa_autotune.cli.bench import plan_work
 from nsa_autotune.cli.bench_entries import Bench, Entry, Work
-from nsa_autotune.cli.bench_report import COLUMNS, Rates, Report, Row, cells, mark_ms, markdown
+from nsa_autotune.cli.bench_report import COLUMNS, GIVEN_BLOCKS, Rates, Report, Row, cells, mark_ms, markdown
 from nsa_autotune.config import NSAConfig
 from nsa_autotune.db.store import TuningStore
 from nsa_autotune.dispatch.dispatcher import Dispatcher
@@ -145,17 +145,19 @@ def test_a_whole_forward_is_compared_with_dense_attention_on_the_same_problem_on
 @pytest.mark.parametrize(
     ("row", "mark"),
     [
-        (make_row(), "10 (met)"),
-        (make_row(median_us=10_001.0), "10 (not met)"),
-        (make_row(work="slc_select_fwd"), "10 (met)"),
-        (make_row(work="slc_attn_fwd", locality=0.0, median_us=17_000.0), "17 (met)"),
-        (make_row(work="slc_attn_fwd", locality=0.8, median_us=17_000.0), "10 (not met)"),
+        (make_row(median_us=8_000.0), "8 (met)"),
+        (make_row(median_us=8_001.0), "8 (not met)"),
+        (make_row(work="slc_select_fwd", median_us=7_000.0), "7 (met)"),
+        (make_row(work="slc_attn_fwd", locality=0.0, median_us=14_000.0), "14 (met)"),
+        (make_row(work="slc_attn_fwd", locality=0.8, median_us=14_000.0), "6.5 (not met)"),
         (make_row(work="slc_attn_fwd", locality=0.5), ""),
-        (make_row(work="win_attn_fwd"), "5 (not met)"),
-        (make_row(work="anything", kind="whole", median_us=44_000.0), "45 (met)"),
-        (make_row(work="anything", kind="whole", median_us=None), "45 (not measured)"),
+        (make_row(work="win_attn_fwd"), "2.8 (not met)"),
+        (make_row(work=GIVEN_BLOCKS, kind="whole", locality=0.8, median_us=25_000.0), "25 (met)"),
+        (make_row(work=GIVEN_BLOCKS, kind="whole", locality=0.8, median_us=None), "25 (not measured)"),
+        (make_row(work=GIVEN_BLOCKS, kind="whole", locality=0.0), ""),
         (make_row(work="cudnn_sdpa", kind="dense"), ""),
-        (make_row(problem=H100.replace(seq_q=32768, seq_k=32768)), ""),
+        (make_row(problem=H100.replace(seq_q=32768, seq_k=32768)), "2.4 (not met)"),
+        (make_row(problem=H100.replace(seq_q=32768)), ""),
         (make_row(problem=H100.replace(num_kv_heads=8)), ""),
         (make_row(problem=H100.replace(nsa=NSAConfig(num_selected=8))), ""),
     ],
@@ -203,7 +205,7 @@ def test_the_page_names_gpu_versions_command_and_has_a_table_for_each_shape() ->
     assert sum(line.startswith("| work | seq |") for line in lines) == 2
     assert any(line.startswith("## ") and "d 128, bfloat16" in line for line in lines)
     assert any(line.startswith("## ") and "d 192/128, bfloat16" in line for line in lines)
-    assert "| cmp_attn_fwd | 64k |  | 10.00 | 9.400..10.60 | 400 | 200 | 50% | exact |  |  | 10 (met) |" in lines
+    assert "| cmp_attn_fwd | 64k |  | 10.00 | 9.400..10.60 | 400 | 200 | 50% | exact |  |  | 8 (not met) |" in lines
     assert "5 exact, 1 nearest" in text
     widths = {line.count("|") for line in lines if line.startswith(("| cmp", "| work"))}
     assert widths == {len(COLUMNS) + 1}
@@ -443,6 +445,17 @@ def test_the_script_writes_a_dated_page_and_its_json(
     assert (
         row["served"] == {} and row["median_us"] == pytest.approx(2950.0) and row["speedup_over"]["cudnn_sdpa"] is None
     )
+
+
+def test_a_page_of_other_dtypes_says_so_in_its_name(
+    forward: ModuleType, on_a_gpu: list[TuningStore | None], tmp_path: Path
+) -> None:
+    arguments = ["--preset", "tiny", "--seq", "64", "--untuned", "--dtype", "bfloat16,float32"]
+    assert forward.main([*arguments, "--folder", str(tmp_path)]) == 0
+    (data,) = tmp_path.glob("*-h200-forward-bfloat16-float32.json")
+    found = json.loads(data.read_text())
+    dtypes = [row["problem"]["dtype"] for row in found["rows"]]
+    assert list(found["rates"]) == ["bfloat16", "float32"] and dtypes.count("float32") == dtypes.count("bfloat16") > 0
 
 
 def test_the_module_costs_its_projections_too(forward: ModuleType) -> None:

@@ -99,7 +99,12 @@ RUNGS = [
 
 
 WRONG_KEYS = ["not json", "[1]", "5", "{}", "[" * 5000]
-WRONG_FIELDS = [{"locality": "x"}, *({"seq_k": value} for value in (0, -1, "x", [1], 1.5, True, 10**400))]
+WRONG_FIELDS = [
+    {"locality": "x"},
+    {"dtype": ["float16"]},
+    {"dtype": "half"},
+    *({"seq_k": value} for value in (0, -1, "x", [1], 1.5, True, 10**400)),
+]
 
 
 @pytest.mark.parametrize("wrong", [*WRONG_KEYS, *WRONG_FIELDS], ids=lambda wrong: str(wrong)[:20])
@@ -143,7 +148,7 @@ def test_the_highest_step_wins_whatever_the_order(best: int, turn: int) -> None:
         [winner(4, at=STRANGER)],
         [winner(4, template_digest="of an older template")],
         [winner(4, PROBLEM.replace(d_qk=64))],
-        [winner(4, PROBLEM.replace(dtype="float16"))],
+        [winner(4, PROBLEM.replace(dtype="float32"))],
         [FakeWinner(PROBLEM.to_dict(), config(BLOCK_N=48))],
         [FakeWinner(PROBLEM.to_dict(), {**config(), "retired": 1})],
         [FakeWinner(PROBLEM.replace(num_kv_heads=64).to_dict(), config(BLOCK_T=64))],
@@ -173,6 +178,16 @@ def test_the_nearest_problem_is_the_nearest_in_octaves() -> None:
     assert distance(SPEC, PROBLEM, other_group.problem_key) > 4
     packed = SPEC.problem_key(PROBLEM.replace(layout="packed"))
     assert 0 < distance(SPEC, PROBLEM, packed) < distance(SPEC, PROBLEM, far.problem_key)
+
+
+def test_the_other_format_of_16_bits_is_nearer_than_another_size() -> None:
+    half, half_longer = PROBLEM.replace(dtype="float16"), LONGER.replace(dtype="float16")
+    known = [winner(1, half_longer), winner(2, PROBLEM)]
+    choice = choose(SPEC, half, known, HERE, DIGEST)
+    assert (choice.step, choice.config) == (Step.NEAREST, known[1].config)
+    assert choose(SPEC, half, [*known, winner(4, half)], HERE, DIGEST).step is Step.EXACT
+    assert choose(SPEC, half_longer, known, HERE, DIGEST).step is Step.EXACT
+    assert distance(SPEC, half.replace(dtype="float32"), SPEC.problem_key(half)) == math.inf
 
 
 def test_a_bucket_is_one_problem() -> None:
