@@ -17,6 +17,8 @@ from ..bench.timing import Clock, Fn
 from ..dispatch.dispatcher import Dispatcher
 from ..errors import InvalidProblem
 from ..kernels import get_spec
+from ..ops.launches import launch_window_and_sum
+from ..ops.serve import Call, scale_of
 from ..search.presets import takes_one_tensor
 from ..spec import ELEMENT_BYTES, Cost, KernelSpec, Problem
 from .bench_report import CUDNN, END_TO_END, FLASH, GIVEN_BLOCKS
@@ -159,15 +161,15 @@ def _blocks(problem: Problem, device: torch.device) -> Tensor:
 def _forward_given(
     q: Tensor, k: Tensor, v: Tensor, gates: Tensor, given: Tensor, problem: Problem, dispatcher: Dispatcher
 ) -> Tensor:
-    """The six lines of `ops.nsa_attention`; the selection runs, and then `given` blocks are attended to."""
+    """The lines of `ops.nsa_attention`; the selection runs, and then `given` blocks are attended to."""
     config, seq_k = problem.nsa, problem.seq_k
     k_cmp = ops.compress(k, config, dispatcher=dispatcher)
     v_cmp = ops.compress(v, config, dispatcher=dispatcher)
     o_cmp, lse = ops.compressed_attention(q, k_cmp, v_cmp, config, seq_k=seq_k, dispatcher=dispatcher)
     ops.select_blocks(q, k_cmp, lse, config, seq_k=seq_k, dispatcher=dispatcher)
     o_slc, _ = ops.selected_attention(q, k, v, given, config, dispatcher=dispatcher)
-    o_win, _ = ops.window_attention(q, k, v, config, dispatcher=dispatcher)
-    return ops.combine(gates, o_cmp, o_slc, o_win, dispatcher=dispatcher)
+    call = Call(config, seq_k, scale_of(q, None), None, dispatcher)
+    return launch_window_and_sum(gates, q, k, v, o_cmp, o_slc, call)[-1]
 
 
 def dense_entries(problem: Problem, bench: Bench) -> list[Entry]:

@@ -40,6 +40,7 @@ NOTES = (
     "A whole forward counts the operations and bytes of all its kernels.",
     "served: the step of the dispatcher's ladder on which the kernels stand; exact is a winner tuned for this problem.",
     "Whole forwards compress by the mean, and their branches share one pair of keys and values.",
+    "win_sum_fwd does the work of win_attn_fwd and gate_sum_fwd, and runs in their place where its winner is faster.",
     f"{END_TO_END}: nsa_attention as called; importance on random data selects, so adjacent tokens share few blocks.",
     f"{GIVEN_BLOCKS}: one timed call too; the selection runs, but synthetic blocks of the locality are attended to.",
     f"{CUDNN} and {FLASH}: dense causal attention on the same shapes, without projections; vs: their time over ours.",

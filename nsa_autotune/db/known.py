@@ -22,13 +22,14 @@ class KnownWinner:
     config: dict[str, Any]
     template_digest: str
     policy: str
+    median_us: float
 
 
 def read_known(session: Session, family: str) -> list[KnownWinner]:
     """All winners of a family, newest first."""
     asked = (
         *(_text(column) for column in (FingerprintRow.facts, ProblemRow.problem, VariantRow.config)),
-        *(ProblemRow.problem_key, VariantRow.template_digest, WinnerRow.policy),
+        *(ProblemRow.problem_key, VariantRow.template_digest, WinnerRow.policy, WinnerRow.median_us),
     )
     rows = select(*asked).select_from(WinnerRow)
     for other in (FingerprintRow, ProblemRow, VariantRow):
@@ -36,11 +37,11 @@ def read_known(session: Session, family: str) -> list[KnownWinner]:
     rows = rows.where(ProblemRow.family == family).order_by(WinnerRow.created.desc(), WinnerRow.id.desc())
     parsed: dict[str, dict[str, Any]] = {}  # many winners share machine, problem and config
     found = []
-    for facts, problem, config, key, template, policy in session.execute(rows):
+    for facts, problem, config, key, *rest in session.execute(rows):
         for text in (facts, problem, config):
             if text not in parsed:
                 parsed[text] = json.loads(text)
-        found.append(KnownWinner(parsed[facts], parsed[problem], key, parsed[config], template, policy))
+        found.append(KnownWinner(parsed[facts], parsed[problem], key, parsed[config], *rest))
     return found
 
 

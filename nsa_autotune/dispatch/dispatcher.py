@@ -7,14 +7,16 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..config import NSAConfig
-from ..errors import InvalidInput, KernelError, NotTuned
+from ..errors import InvalidInput, KernelError, NotTuned, NSAError
 from ..spec import DEFAULT_LOCALITY, DEFAULT_POLICY, Config, KernelSpec, Problem, check_policy
 from .fingerprint import Fingerprint, current
+from .fusion import is_faster
 from .ladder import Choice, Step, Winner, choose, choose_predicted
 from .misses import Misses
 from .self_test import require_prepared_launches
@@ -68,6 +70,7 @@ class Dispatcher:
         self._trusted = trusted
         self._kernels = default_kernels() if kernels is None else kernels
         self._plans: dict[Hashable, Serve] = {}
+        self._fused: dict[Hashable, bool] = {}  # by shape
         self._winners: dict[str, Sequence[Winner]] = {}
         self._choices: dict[tuple[str, str], Choice] = {}  # by family and problem key: lengths of a bucket share one
         self._variants: dict[str, Variant] = {}
@@ -106,6 +109,7 @@ class Dispatcher:
         self._winners.clear()
         self._choices.clear()
         self._plans.clear()
+        self._fused.clear()
         if self._strict_twin is not None:
             self._strict_twin.refresh()
 
@@ -128,6 +132,25 @@ class Dispatcher:
                     self._plans[shape] = self._first_launch(spec, problem(), device, tensors)
                     return
         serve(tensors)
+
+    def fuses(self, shape: Hashable, asked: Callable[[], Sequence[tuple[KernelSpec, Problem]]], device: Any) -> bool:
+        """True if the first family that is asked for should run in place of the others, as measured: see `is_faster`.
+
+        Nothing is logged or counted: a fused kernel that was not tuned is no loss.
+        """
+        known = self._fused.get(shape)
+        if known is None:
+            here = self._fingerprint or current(str(device))
+            with FIRST_LAUNCHES:
+                known = self._fused[shape] = self._fuses(asked(), here)
+        return known
+
+    def _fuses(self, asked: Sequence[tuple[KernelSpec, Problem]], here: Fingerprint) -> bool:
+        try:
+            fused, *parts = (self._choose(spec, problem, here) for spec, problem in asked)
+        except NSAError:  # what cannot be served tells why when it is launched
+            return False
+        return is_faster(fused, parts) and (fused.step is Step.EXACT or not self.strict)
 
     def _first_launch(self, spec: KernelSpec, problem: Problem, device: Any, tensors: dict[str, Any]) -> Serve:
         choice = self.choose(spec, problem, device)
@@ -175,7 +198,7 @@ class Dispatcher:
         key = (spec.family, f"{here.gpu} {spec.problem_key(problem)}")
         known = self._choices.get(key)
         if known is not None and spec.broken_constraint(problem, known.config) is None:
-            return Choice(dict(known.config), known.step, known.tuned_key)
+            return replace(known, config=dict(known.config))
         if spec.family not in self._winners:
             self._winners[spec.family] = self._known_winners(spec.family)
         refusal = partial(self._kernels.refusal, spec, problem)
@@ -188,7 +211,7 @@ class Dispatcher:
             raise refused
         if choice.step is not Step.DEFAULT:  # a default is made for the very problem
             self._choices[key] = choice
-        return Choice(dict(choice.config), choice.step, choice.tuned_key)
+        return replace(choice, config=dict(choice.config))
 
     def _known_winners(self, family: str) -> Sequence[Winner]:
         if self._source is None:

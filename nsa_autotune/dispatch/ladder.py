@@ -39,6 +39,8 @@ class Winner(Protocol):
     def template_digest(self) -> str: ...
     @property
     def policy(self) -> str: ...
+    @property
+    def median_us(self) -> float | None: ...
 
 
 class Predicted(Winner, Protocol):
@@ -53,12 +55,22 @@ class Predicted(Winner, Protocol):
 
 
 @dataclass(frozen=True)
+class Measured:
+    """A winner's time, and where and how it was taken."""
+
+    gpu: str
+    policy: str
+    median_us: float | None
+
+
+@dataclass(frozen=True)
 class Choice:
-    """The config to serve, the step it stands on, and the key of the problem it was tuned for."""
+    """The config to serve, the step it stands on, the key of the problem it was tuned for, and its time there."""
 
     config: Config
     step: Step
     tuned_key: str = ""
+    measured: Measured | None = None  # None of a default or predicted config
 
 
 SIZES = ("seq_q", "seq_k", "batch", "num_q_heads", "num_kv_heads")
@@ -128,7 +140,8 @@ def choose(
         step = _step(winner, key, gap, here, policy)
         legal = step is not None and spec.broken_constraint(problem, winner.config) is None
         if step is not None and legal and can_serve(winner.config):
-            choice = Choice(dict(winner.config), step, winner.problem_key)
+            measured = Measured(str(winner.fingerprint.get("gpu")), winner.policy, winner.median_us)
+            choice = Choice(dict(winner.config), step, winner.problem_key, measured)
             ranked.append((order.index(step), gap, winner.policy != policy, winner.problem_key, choice))
     if not ranked:
         return Choice(spec.default_config(problem), Step.DEFAULT)

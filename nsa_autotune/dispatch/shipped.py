@@ -42,6 +42,7 @@ class ShippedWinner:
     config: Config
     template_digest: str
     policy: str
+    median_us: float
 
 
 @dataclass(frozen=True)

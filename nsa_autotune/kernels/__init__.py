@@ -19,6 +19,7 @@ PIPELINE = (
     "slc_attn_fwd",
     "win_attn_fwd",
     "gate_sum_fwd",
+    "win_sum_fwd",
     "gate_sum_bwd",
     "win_attn_bwd_dq",
     "win_attn_bwd_dkv",

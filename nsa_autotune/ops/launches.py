@@ -5,6 +5,7 @@ Inputs are checked by the caller. Outputs are contiguous and share no memory wit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,8 @@ from ..reference import PhiWeights
 from ..spec import Problem
 from . import checks, serve
 from .serve import Call
+
+WINDOW_AND_SUM = ("win_sum_fwd", "win_attn_fwd", "gate_sum_fwd")  # one kernel, and the two that do the same
 
 
 def rows(layout: PackedLayout | None, *names: str) -> dict[str, Any]:
@@ -54,9 +57,9 @@ def launch_compress(
 
 
 def launch_attention(
-    branch: str, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor | None, call: Call
+    branch: str, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor | None, call: Call, **summed: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """o and lse of branch "cmp", "slc" (which needs `blocks`) or "win"."""
+    """o and lse of branch "cmp", "slc" (which needs `blocks`) or "win", whose kernel may fill a gated sum as well."""
     if not serve.on_kernels(q):
         o, lse = _attention_equation(branch, q, k, v, blocks, call)
         return o.contiguous(), lse.contiguous()
@@ -66,16 +69,35 @@ def launch_attention(
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     if k.numel() == 0 or q.numel() == 0:  # fewer tokens than one block: nothing is visible
         return o.zero_(), lse.fill_(float("-inf"))
-    layout, config, seq_k = call.layout, call.config, call.seq_k
-    extra = rows(layout, "q_pos", "cmp_start" if branch == "cmp" else "k_start")
-    extra |= {"seq_k": seq_k} if branch == "cmp" else {}
+    extra = rows(call.layout, "q_pos", "cmp_start" if branch == "cmp" else "k_start")
+    extra |= {"seq_k": call.seq_k} if branch == "cmp" else {}
     extra |= {} if blocks is None else {"blocks": blocks.contiguous()}
+    tensors = {"q": q, "k": k, "v": v, "o": o, "lse": lse, "scale": call.scale, **extra, **summed}
+    spec = kernels.get_spec("win_sum_fwd" if summed else f"{branch}_attn_fwd")
+    serve.launch(call.dispatcher, spec, *_attention_problem(q, k, v, call), tensors, q.device)
+    return o, lse
+
+
+def _attention_problem(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[tuple[Any, ...], Callable[[], Problem]]:
+    """What tells the call of an attention kernel from others, and what describes it."""
+    layout, config, seq_k = call.layout, call.config, call.seq_k
     locality = (call.dispatcher or serve.default_dispatcher()).locality
     shape = (q.shape, k.shape, v.shape[-1], q.dtype, config, serve.packing_of(layout), seq_k)
-    tensors = {"q": q, "k": k, "v": v, "o": o, "lse": lse, "scale": call.scale, **extra}
-    problem = partial(serve.describe, q, k, config, layout, seq_k=seq_k, d_v=v.shape[-1], locality=locality)
-    serve.launch(call.dispatcher, kernels.get_spec(f"{branch}_attn_fwd"), shape, problem, tensors, q.device)
-    return o, lse
+    return shape, partial(serve.describe, q, k, config, layout, seq_k=seq_k, d_v=v.shape[-1], locality=locality)
+
+
+def launch_window_and_sum(
+    gates: Tensor, q: Tensor, k: Tensor, v: Tensor, o_cmp: Tensor, o_slc: Tensor, call: Call
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o and lse of the window, and the gated sum: by one kernel where that was measured to be faster than two."""
+    serves = serve.on_kernels(q) and q.numel() > 0 and k.numel() > 0
+    specs = [kernels.get_spec(family) for family in WINDOW_AND_SUM]
+    if not (serves and serve.fuses(call.dispatcher, specs, *_attention_problem(q, k, v, call), q.device)):
+        o, lse = launch_attention("win", q, k, v, None, call)
+        return o, lse, launch_combine(gates, o_cmp, o_slc, o, dispatcher=call.dispatcher)
+    out = torch.empty_like(o_cmp, memory_format=torch.contiguous_format)
+    summed = {"o_cmp": o_cmp.contiguous(), "o_slc": o_slc.contiguous(), "gates": gates.contiguous(), "out": out}
+    return *launch_attention("win", q, k, v, None, call, **summed), out
 
 
 def _attention_equation(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -111,6 +111,23 @@ def describe(
         phi_hidden=phi_hidden,
         nsa=config,
     )
+
+
+def fuses(
+    dispatcher: Dispatcher | None,
+    specs: Sequence[KernelSpec],
+    shape: tuple[Any, ...],
+    problem: Callable[[], Problem],
+    device: torch.device,
+) -> bool:
+    """True if the first family was measured to be faster than the others one after the other."""
+
+    def asked() -> list[tuple[KernelSpec, Problem]]:
+        whole = problem()
+        flat = whole.replace(batch=1, layout="batched") if whole.layout == "packed" else whole
+        return [(spec, whole if "layout" in spec.problem_fields else flat) for spec in specs]
+
+    return (dispatcher or default_dispatcher()).fuses((specs[0].family, device.index, *shape), asked, device)
 
 
 def launch(

@@ -41,8 +41,7 @@ def gated_attention(
         o_cmp, lse_cmp = launches.launch_attention("cmp", q, k_cmp, v_cmp, None, call)
         blocks = launches.launch_select(q, k_cmp, lse_cmp, call)
         o_slc, lse_slc = launches.launch_attention("slc", q, k_slc, v_slc, blocks, call)
-        o_win, lse_win = launches.launch_attention("win", q, k_win, v_win, None, call)
-        out = launches.launch_combine(gates, o_cmp, o_slc, o_win, dispatcher=call.dispatcher)
+        o_win, lse_win, out = launches.launch_window_and_sum(gates, q, k_win, v_win, o_cmp, o_slc, call)
     return [out, blocks, lse_cmp, lse_slc, lse_win, *([] if recompute else [o_cmp, o_slc, o_win])]
 
 

@@ -114,7 +114,7 @@ def dispatch_table(chosen: Chosen, kernels: Sequence[Kernel]) -> dict[str, Any]:
     digests = {(k.spec.family, _key(k.config), p): k.rendered.digest for k in kernels for p in map(_key_of, k.problems)}
     for winner in chosen.winners:
         row = {field: getattr(winner, field) for field in ShippedWinner.__dataclass_fields__}
-        times = {field: getattr(winner, field) for field in ("median_us", "p20_us", "p80_us", "default_median_us")}
+        times = {field: getattr(winner, field) for field in ("p20_us", "p80_us", "default_median_us")}
         variant = digests[winner.family, _key(winner.config), _key(winner.problem)]
         rows.append({**row, **times, "verdict": winner.verdict, "variant": variant})
     return {

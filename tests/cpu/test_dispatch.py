@@ -54,10 +54,11 @@ class FakeWinner:
     template_digest: str = DIGEST
     family: str = "win_attn_fwd"
     policy: str = DEFAULT_POLICY
+    median_us: float = 1.0
 
     @property
     def problem_key(self) -> str:
-        return SPEC.problem_key(Problem.from_dict(self.problem))
+        return get_spec(self.family).problem_key(Problem.from_dict(self.problem))
 
 
 class FakeSource:
@@ -113,7 +114,7 @@ def test_a_key_that_nobody_could_have_tuned_is_passed_over(wrong: str | dict[str
     fields = json.loads(spec.problem_key(PROBLEM))
     key = wrong if isinstance(wrong, str) else json.dumps({**fields, **wrong})
     facts = {"fingerprint": HERE.to_dict(), "problem": PROBLEM.to_dict(), "policy": DEFAULT_POLICY}
-    facts |= {"config": spec.default_config(PROBLEM), "template_digest": "t"}
+    facts |= {"config": spec.default_config(PROBLEM), "template_digest": "t", "median_us": 1.0}
     bad = SimpleNamespace(**facts, problem_key=key, status="ok", predicted_us=1.0, created="")
     good = SimpleNamespace(**facts, problem_key=spec.problem_key(LONGER), status="ok", predicted_us=1.0, created="")
     assert distance(spec, PROBLEM, key) == math.inf
@@ -466,6 +467,79 @@ def test_a_prediction_that_does_not_run_gives_way_to_the_default(
     equip(other := Dispatcher(store, fingerprint=HERE), Kernels(), monkeypatch)
     other.launch(SPEC, "shape", lambda: PROBLEM, "cuda:0", {})
     assert dict(other.stats) == {Step.PREDICTED: 1}
+
+
+# one kernel for two
+
+FUSED, PARTS = "win_sum_fwd", ("win_attn_fwd", "gate_sum_fwd")
+
+
+def timed(family: str, median_us: float, problem: Problem = PROBLEM, **changes: Any) -> FakeWinner:
+    """A winner of a family with the time that it took."""
+    spec = get_spec(family)
+    facts = {"family": family, "template_digest": template_digest(spec), "median_us": median_us, **changes}
+    return FakeWinner(problem.to_dict(), spec.default_config(problem), **facts)
+
+
+def fuses(*winners: FakeWinner, problem: Problem = PROBLEM, **options: Any) -> bool:
+    """What a dispatcher says that knows these winners."""
+    dispatcher = Dispatcher(FakeSource(*winners), fingerprint=HERE, **options)
+    asked = [(get_spec(family), problem) for family in (FUSED, *PARTS)]
+    found = dispatcher.fuses("shape", lambda: asked, "cuda:0")
+    assert dispatcher.fuses("shape", list, "cuda:0") == found, "asked once a shape"
+    assert not dispatcher.stats and not dispatcher.misses.most_asked(), "nobody misses a fused kernel"
+    return found
+
+
+def test_a_fused_kernel_runs_where_it_was_measured_to_be_faster(caplog: pytest.LogCaptureFixture) -> None:
+    parts = [timed("win_attn_fwd", 300.0), timed("gate_sum_fwd", 200.0)]
+    assert fuses(timed(FUSED, 499.0), *parts)
+    assert not fuses(timed(FUSED, 500.0), *parts)
+    assert not fuses(*parts) and not fuses(timed(FUSED, 1.0)) and not fuses(timed(FUSED, 1.0), parts[0])
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_times_are_compared_that_were_taken_alike(part: int) -> None:
+    def unlike(**changes: Any) -> list[FakeWinner]:
+        return [timed(f, 1e6, **(changes if n == part else {})) for n, f in enumerate(PARTS)]
+
+    fused = timed(FUSED, 1.0)
+    assert fuses(fused, *unlike())
+    assert not fuses(fused, *unlike(policy="graph-cold"))
+    assert not fuses(fused, *unlike(fingerprint=COUSIN.to_dict()))
+    assert not fuses(fused, *unlike(problem=LONGER))
+    assert fuses(timed(FUSED, 1.0, LONGER), *(timed(f, 9.0, LONGER) for f in PARTS)), "all of the nearest problem"
+
+
+def test_a_packed_length_counts_all_sequences() -> None:
+    packed, flat = PROBLEM.replace(layout="packed", batch=8), PROBLEM.replace(batch=1)
+    known = [timed(FUSED, 1.0, packed), timed("win_attn_fwd", 9.0, packed), timed("gate_sum_fwd", 9.0, flat)]
+    dispatcher = Dispatcher(FakeSource(*known), fingerprint=HERE)
+    asked = [(get_spec(FUSED), packed), (get_spec("win_attn_fwd"), packed), (get_spec("gate_sum_fwd"), flat)]
+    assert dispatcher.fuses("shape", lambda: asked, "cuda:0")
+
+
+def test_a_strict_dispatcher_fuses_exact_winners_only() -> None:
+    known = [timed(FUSED, 1.0), timed("win_attn_fwd", 9.0), timed("gate_sum_fwd", 9.0)]
+    assert fuses(*known, strict=True)
+    assert not fuses(*known, problem=LONGER, strict=True) and fuses(*known, problem=LONGER)
+
+
+def test_new_winners_are_seen_after_a_refresh() -> None:
+    source = FakeSource(timed("win_attn_fwd", 9.0), timed("gate_sum_fwd", 9.0))
+    dispatcher = Dispatcher(source, fingerprint=HERE)
+    asked = [(get_spec(family), PROBLEM) for family in (FUSED, *PARTS)]
+    assert not dispatcher.fuses("shape", lambda: asked, "cuda:0")
+    source.found += (timed(FUSED, 1.0),)
+    assert not dispatcher.fuses("shape", lambda: asked, "cuda:0")
+    dispatcher.refresh()
+    assert dispatcher.fuses("shape", lambda: asked, "cuda:0")
+
+
+def test_what_no_kernel_serves_is_not_fused() -> None:
+    known = [timed(FUSED, 1.0), timed("win_attn_fwd", 9.0), timed("gate_sum_fwd", 9.0)]
+    assert not fuses(*known, problem=PROBLEM.replace(d_qk=7))
 
 
 # the command and the fingerprint

@@ -7,6 +7,7 @@ for each program and tile.
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -124,10 +125,16 @@ def test_the_families_come_in_pipeline_order() -> None:
         get_spec("win_atn_fwd")
 
 
+def text_of(template: str) -> str:
+    """A template and the macro files that it imports."""
+    text = (template_dir() / template).read_text(encoding="utf-8")
+    return text + "".join(text_of(name) for name in re.findall(r'import "(.+?)"', text))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_spec_has_a_template_and_all_it_names_is_used(family: str) -> None:
     spec = SPECS[family]
-    source = (template_dir() / spec.template).read_text(encoding="utf-8")
+    source = text_of(spec.template)
     problem = served(spec, SHORT_Q.replace(nsa=NSAConfig()))
     config = spec.default_config(problem)
     constants, structure = spec.constants(problem, config), spec.structure(problem, config)

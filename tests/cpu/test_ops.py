@@ -399,6 +399,37 @@ def test_each_launch_gets_the_arguments_and_the_problem_of_its_spec(form: str, r
     assert [p.d_qk for p in mlp] == [D_QK, D_V] and {p.phi_hidden for p in mlp} == {16}
 
 
+class Fusing(Recorder):
+    """Takes one kernel for two wherever it is asked, and keeps what it was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[Any, list[Any]]] = []
+
+    def fuses(self, shape: Any, asked: Any, device: Any) -> bool:
+        self.asked.append((shape, asked()))
+        return True
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_kernel_may_take_the_place_of_window_and_sum(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_the_kernels_way(monkeypatch)
+    tensors, cu = make_tensors(form)
+    fusing = Fusing()
+    out = ops.nsa_attention(**tensors, config=CONFIG, dispatcher=fusing, **cu)
+    *_, slc, (spec, shape, problem, given) = fusing.calls
+    assert [s.family for s, *_ in fusing.calls[-3:]] == ["slc_select_fwd", "slc_attn_fwd", "win_sum_fwd"]
+    assert {argument.name for argument in spec.arguments} | set(spec.scalars) == set(given)
+    assert given["out"].data_ptr() == out.data_ptr() and given["k"].data_ptr() == tensors["k_win"].data_ptr()
+    assert given["o_slc"].data_ptr() == slc[3]["o"].data_ptr()
+    ((asked_shape, asked),) = fusing.asked
+    assert asked_shape == ("win_sum_fwd", None, *shape[1:])
+    assert [s.family for s, _ in asked] == ["win_sum_fwd", "win_attn_fwd", "gate_sum_fwd"]
+    assert asked[0][1] == asked[1][1] == problem
+    assert (asked[2][1].layout, asked[2][1].seq_q) == ("batched", problem.seq_q)
+    assert asked[2][1].batch == (1 if cu else problem.batch)
+
+
 def test_different_calls_have_different_shapes_and_equal_ones_equal_shapes(recorder: Recorder) -> None:
     def shapes(form: str, dtype: torch.dtype = torch.float32, config: NSAConfig = CONFIG) -> list[Any]:
         recorder.calls.clear()

@@ -62,6 +62,17 @@ def test_every_gradient_is_the_references(form: str, learned: bool, equations: E
         )
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_fused_window_and_sum_gives_the_same_gradients(form: str, equations: Equations, monkeypatch: PATCH) -> None:
+    plain = gradients(form, equations)
+    assert "win_sum_fwd" not in equations.families
+    monkeypatch.setattr(Equations, "fuses", lambda *_: True)
+    equations.families.clear()
+    fused = gradients(form, equations)
+    assert "win_sum_fwd" in equations.families and not {"win_attn_fwd", "gate_sum_fwd"} & set(equations.families)
+    assert all(torch.equal(fused[name], want) for name, want in plain.items())
+
+
 def test_a_training_step_launches_each_family_once(equations: Equations) -> None:
     gradients("batched", equations)
     back = equations.families[equations.families.index("gate_sum_bwd") :]

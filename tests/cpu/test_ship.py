@@ -162,7 +162,7 @@ def test_the_kernels_give_our_bits(installed: Path, url: str, tmp_path: Path) ->
     with TuningStore(url) as store:
         ours = Dispatcher(store, fingerprint=ship_child.pretended("nsa_autotune"))
         same_bits(found, ship_child.kernels("nsa_autotune", ours))
-    assert set(found["steps"]) == {"exact winner"} and found["steps"]["exact winner"] >= 14
+    assert set(found["steps"]) == {"exact winner"} and found["steps"]["exact winner"] >= 13  # window and sum are one
     equations = ship_child.module("nsa_autotune")
     for name in ("y", "dx"):
         assert not torch.equal(found[name], equations[name]), "kernels ran, not the equations"

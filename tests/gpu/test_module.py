@@ -119,6 +119,20 @@ def test_the_module_is_as_right_as_the_equations_in_its_dtype(problem: Problem, 
     close("out", *three_ways(run, problem))
 
 
+@pytest.mark.parametrize("problem", MODULE_PROBLEMS, ids=problem_name)
+def test_one_kernel_for_window_and_sum_gives_what_two_give(
+    problem: Problem, dispatcher: Dispatcher, monkeypatch: PATCH
+) -> None:
+    """The sum is of the same rounded outputs; only the order of a multiply-add may differ."""
+    tensors, cu = make_tensors(problem)
+    given, out = cast(tensors, problem), {}
+    for fuses in (False, True):
+        monkeypatch.setattr(Dispatcher, "fuses", lambda *_, fuses=fuses: fuses)
+        out[fuses] = ops.nsa_attention(**given, config=problem.nsa, dispatcher=dispatcher, **cu)
+    unit = torch.finfo(out[True].dtype).eps
+    torch.testing.assert_close(out[True], out[False], rtol=unit, atol=unit)
+
+
 GRADIENTS = [p for p in MODULE_PROBLEMS if p.seq_k in (63, 1000, 1500) and p.d_qk < 256]
 
 
