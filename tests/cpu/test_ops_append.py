@@ -113,7 +113,8 @@ def grow(patch: pytest.MonkeyPatch, dtype: torch.dtype, steps: list[list[int]], 
             take_the_kernels_way(inside)
             how: dict[str, Any] = {"config": CONFIG, "dispatcher": dispatcher}
             append(pools=by_kernels, block_table=table, lengths=int32(lengths), **how, **news, **folded)
-    same_values(by_kernels, by_equations, table, lengths, 0.15 if dtype == FP8 else 1e-5)
+    tolerance = 0.15 if dtype == FP8 else 8e-5  # float32 sums of phi, in an order of each CPU's own
+    same_values(by_kernels, by_equations, table, lengths, tolerance)
     return dispatcher.families
 
 
