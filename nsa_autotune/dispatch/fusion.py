@@ -9,7 +9,7 @@ from .ladder import Choice
 
 
 def is_faster(fused: Choice, parts: Sequence[Choice]) -> bool:
-    """True if the fused kernel's median is below the sum of the parts', measured alike for problems of one size.
+    """True if the fused kernel's median is below the sum of the parts', measured alike for outputs of one size.
 
     Alike is on one GPU and under one policy. A default or predicted config was not measured, so it fuses nothing.
     """
@@ -28,7 +28,7 @@ def is_faster(fused: Choice, parts: Sequence[Choice]) -> bool:
 
 
 def _rows(key: str) -> tuple[object, ...]:
-    """The size of a tuned problem's output: tokens, heads, and their width."""
+    """The size of a tuned problem's output: tokens, heads, their width and type."""
     fields = json.loads(key)
     sequences = 1 if fields.get("layout") == "packed" else fields["batch"]  # packed lengths count all sequences
-    return sequences * fields["seq_q"], fields["num_q_heads"], fields["d_v"]
+    return sequences * fields["seq_q"], fields["num_q_heads"], fields["d_v"], fields["dtype"]

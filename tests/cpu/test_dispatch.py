@@ -509,6 +509,7 @@ def test_times_are_compared_that_were_taken_alike(part: int) -> None:
     assert not fuses(fused, *unlike(policy="graph-cold"))
     assert not fuses(fused, *unlike(fingerprint=COUSIN.to_dict()))
     assert not fuses(fused, *unlike(problem=LONGER))
+    assert not fuses(fused, *unlike(problem=PROBLEM.replace(dtype="float16")))
     assert fuses(timed(FUSED, 1.0, LONGER), *(timed(f, 9.0, LONGER) for f in PARTS)), "all of the nearest problem"
 
 
