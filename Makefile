@@ -2,7 +2,8 @@
 #
 #   TORCH=auto|cpu|cuda   which torch to install; auto looks for an NVIDIA GPU
 #   TORCH_CPU, TORCH_CUDA the requirements behind the two, e.g. TORCH_CUDA='torch==2.11.0'
-#   PRESET, ARGS          what `make tune` tunes (gqa16-d128 with a GPU, tiny without), and further options
+#   PRESET, ARGS          what `make tune` tunes (gqa16-d128 with a GPU, tiny without), and further options; also those of
+#                         `make bench`, and of all scripts of `make tables`, such as ARGS='--db sqlite:///tuned.sqlite'
 #   JOBS, PYTEST_ARGS     processes of `make test`, and further options of pytest
 #   PARTS                 processes of `make sanitize`, which share a GPU
 #   PYTHON, VENV          the interpreter (3.11 or newer) and the folder of the environment
@@ -78,14 +79,21 @@ sanitize: $(STAMP)  ## memory errors and races of every structure and shipped wi
 bench: $(STAMP)
 	$(BIN)/nsa-autotune bench $(ARGS)
 
-tables: $(STAMP)  ## the tables of benchmarks/results that need a GPU: forward, training, decode, with the database's winners
-	$(BIN)/python benchmarks/forward.py --preset gqa16-d128,paper-27b --module
-	$(BIN)/python benchmarks/forward.py --preset gqa16-d128,paper-27b --dtype float16
-	$(BIN)/python benchmarks/training.py --module
-	$(BIN)/python benchmarks/training.py --dtype float16
-	$(BIN)/python benchmarks/training.py --small-groups --memory
-	$(BIN)/python benchmarks/decode.py
-	$(BIN)/python benchmarks/decode.py --cache-dtype fp8
+define TABLES
+forward.py --preset gqa16-d128,paper-27b --module
+forward.py --preset gqa16-d128,paper-27b --dtype float16
+training.py --module
+training.py --dtype float16
+training.py --small-groups --memory
+decode.py
+decode.py --cache-dtype fp8
+endef
+export TABLES
+
+tables: $(STAMP)  ## the pages of forward, training and decode in benchmarks/results, all of them whatever one of them lacks
+	@status=0; while read -r page; do echo "benchmarks/$$page"; \
+		$(BIN)/python benchmarks/$$page $(ARGS) </dev/null || status=$$?; \
+	done <<<"$$TABLES"; exit $$status
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -25,7 +25,7 @@ from nsa_autotune.cli.bench_run import Extra, run
 from nsa_autotune.cli.console import errors, write_text
 from nsa_autotune.cli.options import ProblemChoice, split
 from nsa_autotune.dispatch.dispatcher import Dispatcher
-from nsa_autotune.errors import NSAError
+from nsa_autotune.errors import InvalidInput, NSAError
 from nsa_autotune.spec import ELEMENT_BYTES, Cost, Problem
 
 RESULTS = Path(__file__).parent / "results"
@@ -40,7 +40,8 @@ def main(arguments: Sequence[str]) -> int:
     localities = tuple(split([options.locality]))
     extras: list[Extra] = [partial(module_entry, hidden_size=options.hidden_size)] if options.module else []
     try:
-        dtypes = tuple(split([options.dtype]))
+        check_hidden_size(options.hidden_size)
+        dtypes = asked_dtypes(options.dtype)
         choices = (ProblemChoice(preset, options.seq, dtypes, localities) for preset in split([options.preset]))
         plan = plan_work(problem for choice in choices for problem in choice.problems(PRESET))
         report = run(
@@ -77,6 +78,19 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--hidden-size", type=int, default=4096, help="of the module")
     parser.add_argument("--folder", type=Path, default=RESULTS)
     return parser.parse_args(arguments)
+
+
+def asked_dtypes(text: str) -> tuple[str, ...]:
+    """The dtypes of --dtype by their full names; none if it was not given."""
+    if not (asked := tuple(split([text]))):
+        return ()
+    return tuple(dict.fromkeys(p.dtype for p in ProblemChoice(seq="1k", dtypes=asked).problems(PRESET)))
+
+
+def check_hidden_size(size: int) -> None:
+    """Raise InvalidInput for a module of no width, before anything is measured."""
+    if size < 1:
+        raise InvalidInput("a module has a width", {"--hidden-size": size}, "Write for example --hidden-size 4096.")
 
 
 def without_places(arguments: Sequence[str]) -> list[str]:

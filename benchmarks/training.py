@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from forward import RESULTS, gpu_slug, without_places, write_page
+from forward import RESULTS, asked_dtypes, check_hidden_size, gpu_slug, without_places, write_page
 from training_calls import dense_entries, module_entries, our_entries
 from training_page import (
     BOTH,
@@ -95,9 +95,13 @@ def make_plan(options: argparse.Namespace) -> list[Work]:
     if options.rounds < MIN_ROUNDS:
         values = {"--rounds": options.rounds}
         raise InvalidInput("a line has at least 5 samples", values, "Write for example --rounds 10.")
+    check_hidden_size(options.hidden_size)
+    dtypes = asked_dtypes(options.dtype)
     only_sections = options.preset is None and (options.small_groups or options.memory)
+    if only_sections and options.module:
+        raise InvalidInput("the sections have no module", {"--module": True}, "Name a --preset, or leave it out.")
     names = [] if only_sections else split([options.preset or PRESETS])
-    choices = [ProblemChoice(name, options.seq, tuple(split([options.dtype])), LOCALITIES) for name in names]
+    choices = [ProblemChoice(name, options.seq, dtypes, LOCALITIES) for name in names]
     plan = plan_work(problem for choice in choices for problem in choice.problems(PRESETS))
     check_plan(plan)
     return plan
@@ -111,7 +115,7 @@ def run(
     memory: list[Memory] = []
     how: dict[str, Any] = {"db": options.db, "untuned": options.untuned, "rounds": options.rounds, "say": say}
     with open_bench(where, **how, target_ms=TARGET_MS) as bench:
-        dtypes = dict.fromkeys([work.problem.dtype for work in plan] or [Problem().dtype])
+        dtypes = dict.fromkeys([*(work.problem.dtype for work in plan), *section_dtypes(options)])
         rates = {dtype: measure_rates(bench, dtype) for dtype in dtypes}
         for section in sections(plan, options, bench):
             more_rows, more_memory = section()
@@ -124,11 +128,17 @@ def sections(plan: Sequence[Work], options: argparse.Namespace, bench: Bench) ->
     """What is measured, one after the other."""
     hidden_size = options.hidden_size if options.module else None
     found: list[Callable[[], Found]] = [partial(measure, work, bench, options.phi, hidden_size) for work in plan]
-    if options.small_groups:
-        found += [partial(small_group, group, bench) for group in GROUPS]
-    if options.memory:
-        found += [partial(long_context, tokens, stage, bench, options.phi) for tokens, stage in MEMORY_PLAN]
+    for dtype in section_dtypes(options):
+        if options.small_groups:
+            found += [partial(small_group, group, dtype, bench) for group in GROUPS]
+        if options.memory:
+            found += [partial(long_context, tokens, stage, dtype, bench, options.phi) for tokens, stage in MEMORY_PLAN]
     return found
+
+
+def section_dtypes(options: argparse.Namespace) -> tuple[str, ...]:
+    """The dtypes in which the sections are measured; none without sections."""
+    return (asked_dtypes(options.dtype) or (Problem().dtype,)) if options.small_groups or options.memory else ()
 
 
 def write_results(report: Report, memory: Sequence[Memory], options: argparse.Namespace) -> list[Path]:
@@ -136,7 +146,7 @@ def write_results(report: Report, memory: Sequence[Memory], options: argparse.Na
     date, gpu = report.created[:10], report.fingerprint["gpu"]
     asked = {"small-groups": options.small_groups, "memory": options.memory}
     only = [] if options.preset else [name for name, wanted in asked.items() if wanted]  # pages of their own
-    variant = [*(["mlp"] if options.phi == "mlp" else []), *split([options.dtype])]
+    variant = [*(["mlp"] if options.phi == "mlp" else []), *asked_dtypes(options.dtype)]
     stem = "-".join([date, gpu_slug(gpu), "training", *variant, *only])
     page = markdown(report, memory, f"Training on {gpu}, {date}")
     return write_page(
@@ -203,18 +213,19 @@ def branch_rows(name: str, work: Work, bench: Bench) -> list[Row]:
     return rows + sums
 
 
-def small_group(group: int, bench: Bench) -> Found:
+def small_group(group: int, dtype: str, bench: Bench) -> Found:
     """Selected attention of one group size, forward and backward."""
     heads = GROUP_KV_HEADS * group
-    problem = Problem(seq_q=GROUP_TOKENS, seq_k=GROUP_TOKENS, num_q_heads=heads, num_kv_heads=GROUP_KV_HEADS)
+    sizes = {"seq_q": GROUP_TOKENS, "seq_k": GROUP_TOKENS, "num_q_heads": heads, "num_kv_heads": GROUP_KV_HEADS}
+    problem = Problem(**sizes, dtype=dtype)
     work = Work(problem.replace(locality=0.0), tuple(map(float, LOCALITIES)))
     forward = time_group(branch_entries(get_spec("slc_attn_fwd"), work, bench), bench)
     return forward + branch_rows(SELECTED, work, bench), []
 
 
-def long_context(tokens: int, stage: str, bench: Bench, phi: str) -> Found:
+def long_context(tokens: int, stage: str, dtype: str, bench: Bench, phi: str) -> Found:
     """One sample, after a first call that tells the memory."""
-    problem = Problem(seq_q=tokens, seq_k=tokens, locality=0.0)
+    problem = Problem(seq_q=tokens, seq_k=tokens, locality=0.0, dtype=dtype)
     bench.say(f"{seq_text(tokens)}: {stage}")
     entries, memory = our_entries(problem, bench, phi, (stage,))
     return time_group(entries, replace(bench, rounds=1)), memory

@@ -99,7 +99,7 @@ def mark_ms(row: Row) -> float | None:
     p = row.problem
     if has_marks(p):
         return MARKS_MS.get((row.work, row.locality), {}).get(p.seq_k)
-    is_small = has_marks(p.replace(num_q_heads=64)) and p.seq_k == GROUP_TOKENS and row.locality == 0.0
+    is_small = has_marks(p, p.num_q_heads) and p.seq_k == GROUP_TOKENS and row.locality == 0.0
     return GROUP_MARKS_MS.get(row.work, {}).get(p.group_size) if is_small else None
 
 

@@ -37,7 +37,7 @@ NOTES = (
     "ms: median, with the 20th and 80th percentile, of samples on a cold L2 cache; what is compared is interleaved.",
     "TFLOP/s and GB/s: useful operations (no padding, visible keys only) and the fewest bytes, over the median time.",
     "roofline: operations at the measured matrix rate, or bytes at the measured copy rate if that is longer, over ms.",
-    "A whole forward counts the operations and bytes of all its kernels.",
+    "A whole forward counts the operations and bytes of all its kernels, the window and the gated sum as two.",
     "served: the step of the dispatcher's ladder on which the kernels stand; exact is a winner tuned for this problem.",
     "Whole forwards compress by the mean, and their branches share one pair of keys and values.",
     "win_sum_fwd does the work of win_attn_fwd and gate_sum_fwd, and runs in their place where its winner is faster.",
@@ -157,11 +157,11 @@ def mark_ms(row: Row) -> float | None:
     return MARKS_MS.get((row.work, row.locality), {}).get(row.problem.seq_k) if has_marks(row.problem) else None
 
 
-def has_marks(problem: Problem) -> bool:
+def has_marks(problem: Problem, num_q_heads: int = 64) -> bool:
     """True for the heads and the constants that marks are set for."""
     p = problem
     shape = (p.layout, p.batch, p.seq_q, p.num_q_heads, p.num_kv_heads, p.d_qk, p.d_v)
-    return shape == ("batched", 1, p.seq_k, 64, 4, 128, 128) and p.dtype != "float32" and p.nsa == NSAConfig()
+    return shape == ("batched", 1, p.seq_k, num_q_heads, 4, 128, 128) and p.dtype != "float32" and p.nsa == NSAConfig()
 
 
 def cells(report: Report, row: Row) -> tuple[object, ...]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InvalidInput
+from ..kernels import FUSED
 from ..spec import DTYPES, KernelSpec, Problem
 from . import options
 from .bench import check_folder
@@ -141,7 +142,7 @@ def pass_specs(names: Iterable[str], compression: str, *, backward: bool) -> tup
 
 
 def _in_pass(family: str, compression: str, *, backward: bool) -> bool:
-    return not family.startswith(COMPRESSIONS[compression]) and (backward or "_fwd" in family)
+    return family not in FUSED and not family.startswith(COMPRESSIONS[compression]) and (backward or "_fwd" in family)
 
 
 def check_group_sizes(base: Problem, sizes: Iterable[int]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..config import NSAConfig
 from ..errors import InvalidInput, KernelError, NotTuned, NSAError
+from ..kernels import FUSED
 from ..spec import DEFAULT_LOCALITY, DEFAULT_POLICY, Config, KernelSpec, Problem, check_policy
 from .fingerprint import Fingerprint, current
 from .fusion import is_faster
@@ -134,10 +135,7 @@ class Dispatcher:
         serve(tensors)
 
     def fuses(self, shape: Hashable, asked: Callable[[], Sequence[tuple[KernelSpec, Problem]]], device: Any) -> bool:
-        """True if the first family that is asked for should run in place of the others, as measured: see `is_faster`.
-
-        Nothing is logged or counted: a fused kernel that was not tuned is no loss.
-        """
+        """True if the first family that is asked for was measured to be faster than the others; no miss is counted."""
         known = self._fused.get(shape)
         if known is None:
             here = self._fingerprint or current(str(device))
@@ -146,11 +144,20 @@ class Dispatcher:
         return known
 
     def _fuses(self, asked: Sequence[tuple[KernelSpec, Problem]], here: Fingerprint) -> bool:
-        try:
-            fused, *parts = (self._choose(spec, problem, here) for spec, problem in asked)
-        except NSAError:  # what cannot be served tells why when it is launched
-            return False
-        return is_faster(fused, parts) and (fused.step is Step.EXACT or not self.strict)
+        choices: list[Choice] = []
+        for spec, problem in asked:
+            try:
+                choices.append(self._choose(spec, problem, here, guess=False))
+            except NSAError:  # what cannot be served tells why when it is launched
+                return False
+            if choices[-1].measured is None:
+                return False
+        return is_faster(choices[0], choices[1:]) and (choices[0].step is Step.EXACT or not self.strict)
+
+    def split(self, shape: Hashable, error: KernelError) -> None:
+        """Run the parts from now on, since the fused kernel of a shape that `fuses` was asked for does not run."""
+        logger.warning("a fused kernel does not run here, so its parts are launched instead: %s", error)
+        self._fused[shape] = False
 
     def _first_launch(self, spec: KernelSpec, problem: Problem, device: Any, tensors: dict[str, Any]) -> Serve:
         choice = self.choose(spec, problem, device)
@@ -158,8 +165,8 @@ class Dispatcher:
             serve = self._load(spec, problem, choice.config).serve(self._trusted, self.ordinary)
             serve(tensors)
         except KernelError as error:
-            if self.strict or choice.step is Step.DEFAULT:
-                raise
+            if self.strict or choice.step is Step.DEFAULT or spec.family in FUSED:
+                raise  # the parts of a fused kernel may be tuned
             logger.warning(
                 "%s: the %s does not run here, using the default config: %s", spec.family, choice.step, error
             )
@@ -193,8 +200,8 @@ class Dispatcher:
             self._report(spec, problem, choice, here)
         return choice
 
-    def _choose(self, spec: KernelSpec, problem: Problem, here: Fingerprint) -> Choice:
-        """The ladder's answer, remembered for the bucket where it is legal for every length."""
+    def _choose(self, spec: KernelSpec, problem: Problem, here: Fingerprint, guess: bool = True) -> Choice:
+        """The ladder's answer, predictions if `guess`; remembered for the bucket where it is legal for every length."""
         key = (spec.family, f"{here.gpu} {spec.problem_key(problem)}")
         known = self._choices.get(key)
         if known is not None and spec.broken_constraint(problem, known.config) is None:
@@ -204,7 +211,7 @@ class Dispatcher:
         refusal = partial(self._kernels.refusal, spec, problem)
         how = (self._kernels.template_digest(spec), self.policy, lambda config: refusal(config) is None)
         choice = choose(spec, problem, self._winners[spec.family], here, *how)
-        if choice.step is Step.DEFAULT and not self.strict:
+        if choice.step is Step.DEFAULT and guess and not self.strict:
             choice = self._predicted(spec, problem, here) or choice
         refused = refusal(choice.config)
         if refused is not None:

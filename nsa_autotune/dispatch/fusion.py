@@ -9,26 +9,25 @@ from .ladder import Choice
 
 
 def is_faster(fused: Choice, parts: Sequence[Choice]) -> bool:
-    """True if the fused kernel's median is below the sum of the parts', measured alike for outputs of one size.
+    """True if the fused kernel's median is below the sum of the parts', measured alike and for the same problem.
 
     Alike is on one GPU and under one policy. A default or predicted config was not measured, so it fuses nothing.
     """
-    one, *others = [fused, *parts]
-    if one.measured is None or one.measured.median_us is None:
-        return False
-    total = 0.0
-    for part in others:
-        if part.measured is None or part.measured.median_us is None:
+    total, one = 0.0, fused.measured
+    for part in parts:
+        if one is None or part.measured is None or not _is_part(part.tuned_key, fused.tuned_key):
             return False
-        alike = part.measured.gpu == one.measured.gpu and part.measured.policy == one.measured.policy
-        if not alike or _rows(part.tuned_key) != _rows(one.tuned_key):
+        if (part.measured.gpu, part.measured.policy) != (one.gpu, one.policy):
             return False
         total += part.measured.median_us
-    return one.measured.median_us < total
+    return one is not None and one.median_us < total
 
 
-def _rows(key: str) -> tuple[object, ...]:
-    """The size of a tuned problem's output: tokens, heads, their width and type."""
-    fields = json.loads(key)
-    sequences = 1 if fields.get("layout") == "packed" else fields["batch"]  # packed lengths count all sequences
-    return sequences * fields["seq_q"], fields["num_q_heads"], fields["d_v"], fields["dtype"]
+def _is_part(part_key: str, fused_key: str) -> bool:
+    """True if the fused problem says the same of all that a part's problem tells."""
+    part, fused = json.loads(part_key), json.loads(fused_key)
+    if fused.get("layout") == "packed" and "layout" not in part:
+        fused["batch"] = 1  # packed lengths count all sequences
+    constants = part.pop("nsa", {})
+    same = all(fused.get(name) == value for name, value in part.items())
+    return same and all(fused.get("nsa", {}).get(name) == value for name, value in constants.items())

@@ -39,8 +39,6 @@ class Winner(Protocol):
     def template_digest(self) -> str: ...
     @property
     def policy(self) -> str: ...
-    @property
-    def median_us(self) -> float | None: ...
 
 
 class Predicted(Winner, Protocol):
@@ -60,7 +58,7 @@ class Measured:
 
     gpu: str
     policy: str
-    median_us: float | None
+    median_us: float
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class Choice:
     config: Config
     step: Step
     tuned_key: str = ""
-    measured: Measured | None = None  # None of a default or predicted config
+    measured: Measured | None = None  # None of a default or predicted config, and if the source tells no times
 
 
 SIZES = ("seq_q", "seq_k", "batch", "num_q_heads", "num_kv_heads")
@@ -140,8 +138,7 @@ def choose(
         step = _step(winner, key, gap, here, policy)
         legal = step is not None and spec.broken_constraint(problem, winner.config) is None
         if step is not None and legal and can_serve(winner.config):
-            measured = Measured(str(winner.fingerprint.get("gpu")), winner.policy, winner.median_us)
-            choice = Choice(dict(winner.config), step, winner.problem_key, measured)
+            choice = Choice(dict(winner.config), step, winner.problem_key, _measured(winner))
             ranked.append((order.index(step), gap, winner.policy != policy, winner.problem_key, choice))
     if not ranked:
         return Choice(spec.default_config(problem), Step.DEFAULT)
@@ -183,6 +180,11 @@ def _step(winner: Winner, key: str, gap: float, here: Fingerprint, policy: str) 
     if not _is_prediction(winner) and winner.fingerprint.get("capability") == here.capability:
         return Step.ARCHITECTURE
     return None
+
+
+def _measured(winner: Winner) -> Measured | None:
+    median_us = getattr(winner, "median_us", None)
+    return None if median_us is None else Measured(str(winner.fingerprint.get("gpu")), winner.policy, median_us)
 
 
 def _is_prediction(known: Winner) -> bool:

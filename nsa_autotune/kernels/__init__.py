@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from functools import cache
 
 from ..errors import UnknownName
@@ -35,6 +36,9 @@ PIPELINE = (
     "cmp_decode_fwd",
     "slc_win_decode_fwd",
 )
+
+# families that do the work of others in one kernel, where that was measured to be faster
+FUSED: Mapping[str, tuple[str, ...]] = {"win_sum_fwd": ("win_attn_fwd", "gate_sum_fwd")}
 
 
 @cache

@@ -15,13 +15,14 @@ from torch import Tensor
 from .. import kernels, reference
 from ..config import NSAConfig
 from ..dispatch.dispatcher import Dispatcher
+from ..errors import KernelError
 from ..layout import PackedLayout
 from ..reference import PhiWeights
 from ..spec import Problem
 from . import checks, serve
 from .serve import Call
 
-WINDOW_AND_SUM = ("win_sum_fwd", "win_attn_fwd", "gate_sum_fwd")  # one kernel, and the two that do the same
+WINDOW_AND_SUM = "win_sum_fwd"
 
 
 def rows(layout: PackedLayout | None, *names: str) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def launch_attention(
     extra |= {"seq_k": call.seq_k} if branch == "cmp" else {}
     extra |= {} if blocks is None else {"blocks": blocks.contiguous()}
     tensors = {"q": q, "k": k, "v": v, "o": o, "lse": lse, "scale": call.scale, **extra, **summed}
-    spec = kernels.get_spec("win_sum_fwd" if summed else f"{branch}_attn_fwd")
+    spec = kernels.get_spec(WINDOW_AND_SUM if summed else f"{branch}_attn_fwd")
     serve.launch(call.dispatcher, spec, *_attention_problem(q, k, v, call), tensors, q.device)
     return o, lse
 
@@ -90,14 +91,18 @@ def launch_window_and_sum(
     gates: Tensor, q: Tensor, k: Tensor, v: Tensor, o_cmp: Tensor, o_slc: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o and lse of the window, and the gated sum: by one kernel where that was measured to be faster than two."""
-    serves = serve.on_kernels(q) and q.numel() > 0 and k.numel() > 0
-    specs = [kernels.get_spec(family) for family in WINDOW_AND_SUM]
-    if not (serves and serve.fuses(call.dispatcher, specs, *_attention_problem(q, k, v, call), q.device)):
-        o, lse = launch_attention("win", q, k, v, None, call)
-        return o, lse, launch_combine(gates, o_cmp, o_slc, o, dispatcher=call.dispatcher)
-    out = torch.empty_like(o_cmp, memory_format=torch.contiguous_format)
-    summed = {"o_cmp": o_cmp.contiguous(), "o_slc": o_slc.contiguous(), "gates": gates.contiguous(), "out": out}
-    return *launch_attention("win", q, k, v, None, call, **summed), out
+    if serve.on_kernels(q) and q.numel() > 0 and k.numel() > 0:
+        specs = [kernels.get_spec(family) for family in (WINDOW_AND_SUM, *kernels.FUSED[WINDOW_AND_SUM])]
+        shape, problem = _attention_problem(q, k, v, call)
+        if serve.fuses(call.dispatcher, specs, shape, problem, q.device):
+            out = torch.empty_like(o_cmp, memory_format=torch.contiguous_format)
+            others = {"o_cmp": o_cmp.contiguous(), "o_slc": o_slc.contiguous(), "gates": gates.contiguous()}
+            try:
+                return *launch_attention("win", q, k, v, None, call, **others, out=out), out
+            except KernelError as error:
+                serve.split(call.dispatcher, shape, q.device, error)
+    o, lse = launch_attention("win", q, k, v, None, call)
+    return o, lse, launch_combine(gates, o_cmp, o_slc, o, dispatcher=call.dispatcher)
 
 
 def _attention_equation(

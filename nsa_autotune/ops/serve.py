@@ -15,7 +15,7 @@ from torch import Tensor
 from ..config import NSAConfig
 from ..dispatch.dispatcher import Dispatcher, by_number
 from ..dispatch.sources import default_winners
-from ..errors import InvalidInput
+from ..errors import InvalidInput, KernelError
 from ..layout import PackedLayout
 from ..spec import DEFAULT_LOCALITY, KernelSpec, Problem
 
@@ -127,7 +127,12 @@ def fuses(
         flat = whole.replace(batch=1, layout="batched") if whole.layout == "packed" else whole
         return [(spec, whole if "layout" in spec.problem_fields else flat) for spec in specs]
 
-    return (dispatcher or default_dispatcher()).fuses((specs[0].family, device.index, *shape), asked, device)
+    return (dispatcher or default_dispatcher()).fuses((device.index, *shape), asked, device)
+
+
+def split(dispatcher: Dispatcher | None, shape: tuple[Any, ...], device: torch.device, error: KernelError) -> None:
+    """Let the parts of a fused kernel that does not run serve this shape."""
+    (dispatcher or default_dispatcher()).split((device.index, *shape), error)
 
 
 def launch(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..codegen.render import Rendered, render, template_digest
 from ..db import WinnerRecord
 from ..errors import InvalidConfig, InvalidInput, InvalidProblem, UnknownName
-from ..kernels import all_specs, get_spec
+from ..kernels import FUSED, all_specs, get_spec
 from ..spec import Config, KernelSpec, Problem
 
 Wanted = Callable[[KernelSpec, WinnerRecord], bool]
@@ -68,12 +68,15 @@ def choose_winners(winners: Sequence[WinnerRecord], gpu: str, wanted: Wanted) ->
 
 
 def choose_kernels(winners: Sequence[WinnerRecord], families: Sequence[str], problems_of: ProblemsOf) -> list[Kernel]:
-    """What to ship for the winners: their variants, and the default one of each of `families` for their problems."""
+    """What to ship for the winners: their variants, and the default one of each of `families` for their problems.
+
+    Where a fused family has no winner, its parts serve.
+    """
     found: dict[str, Kernel] = {}
     for winner in winners:
         _add(found, get_spec(winner.family), Problem.from_dict(winner.problem), winner.config, is_winner=True)
     for problem in _roots(winners):
-        for family in families:
+        for family in (name for name in families if name not in FUSED):
             spec = get_spec(family)
             for served in problems_of(spec, problem):
                 try:

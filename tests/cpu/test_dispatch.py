@@ -16,6 +16,7 @@ import pytest
 from problems import served
 from typer.testing import CliRunner
 
+from nsa_autotune import kernels
 from nsa_autotune.cli.app import app
 from nsa_autotune.codegen.render import template_digest
 from nsa_autotune.config import NSAConfig
@@ -312,6 +313,15 @@ def test_a_shape_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert served.stats == {Step.EXACT: 2}
 
 
+def test_a_fused_winner_that_does_not_run_leaves_it_to_the_tuned_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = timed(FUSED, 1.0, config={**SPEC.default_config(PROBLEM), "num_stages": 4})
+    served, kernels = dispatcher(fused), Kernels(fused.config)
+    equip(served, kernels, monkeypatch)
+    with pytest.raises(KernelError):
+        served.launch(get_spec(FUSED), "shape", lambda: PROBLEM, "cuda:0", {})
+    assert not kernels.launched and not served.stats
+
+
 def test_a_winner_that_does_not_run_here_steps_down_to_the_default(
     monkeypatch: pytest.MonkeyPatch, log: Callable[[], list[str]]
 ) -> None:
@@ -471,14 +481,14 @@ def test_a_prediction_that_does_not_run_gives_way_to_the_default(
 
 # one kernel for two
 
-FUSED, PARTS = "win_sum_fwd", ("win_attn_fwd", "gate_sum_fwd")
+((FUSED, PARTS),) = kernels.FUSED.items()
 
 
 def timed(family: str, median_us: float, problem: Problem = PROBLEM, **changes: Any) -> FakeWinner:
     """A winner of a family with the time that it took."""
     spec = get_spec(family)
-    facts = {"family": family, "template_digest": template_digest(spec), "median_us": median_us, **changes}
-    return FakeWinner(problem.to_dict(), spec.default_config(problem), **facts)
+    facts = {"family": family, "template_digest": template_digest(spec), "median_us": median_us}
+    return FakeWinner(**{"problem": problem.to_dict(), "config": spec.default_config(problem), **facts, **changes})
 
 
 def fuses(*winners: FakeWinner, problem: Problem = PROBLEM, **options: Any) -> bool:
@@ -502,13 +512,17 @@ def test_a_fused_kernel_runs_where_it_was_measured_to_be_faster(caplog: pytest.L
 @pytest.mark.parametrize("part", [0, 1])
 def test_times_are_compared_that_were_taken_alike(part: int) -> None:
     def unlike(**changes: Any) -> list[FakeWinner]:
-        return [timed(f, 1e6, **(changes if n == part else {})) for n, f in enumerate(PARTS)]
+        return [timed(f, **{"median_us": 1e6, **(changes if n == part else {})}) for n, f in enumerate(PARTS)]
 
     fused = timed(FUSED, 1.0)
     assert fuses(fused, *unlike())
     assert not fuses(fused, *unlike(policy="graph-cold"))
     assert not fuses(fused, *unlike(fingerprint=COUSIN.to_dict()))
     assert not fuses(fused, *unlike(problem=LONGER))
+    assert part or not fuses(fused, *unlike(problem=PROBLEM.replace(nsa=NSAConfig(window_size=64))))
+    assert part or not fuses(fused, *unlike(problem=PROBLEM.replace(num_kv_heads=8)))
+    assert part or not fuses(fused, *unlike(problem=PROBLEM.replace(layout="packed")))
+    assert not fuses(fused, *unlike(median_us=None)), "a source that tells no times"
     assert not fuses(fused, *unlike(problem=PROBLEM.replace(dtype="float16")))
     assert fuses(timed(FUSED, 1.0, LONGER), *(timed(f, 9.0, LONGER) for f in PARTS)), "all of the nearest problem"
 
@@ -536,6 +550,16 @@ def test_new_winners_are_seen_after_a_refresh() -> None:
     assert not dispatcher.fuses("shape", lambda: asked, "cuda:0")
     dispatcher.refresh()
     assert dispatcher.fuses("shape", lambda: asked, "cuda:0")
+
+
+def test_nothing_is_predicted_for_a_kernel_that_may_be_fused() -> None:
+    class Guessing(FakeSource):
+        def predictions(self, **_: object) -> list[object]:
+            raise AssertionError("a prediction fuses nothing")
+
+    dispatcher = Dispatcher(Guessing(timed("win_attn_fwd", 9.0)), fingerprint=HERE)
+    asked = [(get_spec(family), PROBLEM) for family in (FUSED, *PARTS)]
+    assert not dispatcher.fuses("shape", lambda: asked, "cuda:0")
 
 
 def test_what_no_kernel_serves_is_not_fused() -> None:

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from equations import reference_attention, take_the_kernels_way
+from equations import Equations, reference_attention, take_the_kernels_way
 from torch import Tensor
 
 from nsa_autotune import ops, reference
 from nsa_autotune.config import NSAConfig
 from nsa_autotune.dispatch.dispatcher import Dispatcher
 from nsa_autotune.dispatch.fingerprint import for_target
-from nsa_autotune.errors import InvalidInput, InvalidProblem, NotTuned
+from nsa_autotune.errors import InvalidInput, InvalidProblem, KernelError, NotTuned
 from nsa_autotune.kernels import get_spec
 from nsa_autotune.layout import PackedLayout, packed_layout
 from nsa_autotune.ops import checks, launches, serve
@@ -423,11 +423,32 @@ def test_one_kernel_may_take_the_place_of_window_and_sum(form: str, monkeypatch:
     assert given["out"].data_ptr() == out.data_ptr() and given["k"].data_ptr() == tensors["k_win"].data_ptr()
     assert given["o_slc"].data_ptr() == slc[3]["o"].data_ptr()
     ((asked_shape, asked),) = fusing.asked
-    assert asked_shape == ("win_sum_fwd", None, *shape[1:])
+    assert asked_shape == (None, *shape[1:])
     assert [s.family for s, _ in asked] == ["win_sum_fwd", "win_attn_fwd", "gate_sum_fwd"]
     assert asked[0][1] == asked[1][1] == problem
     assert (asked[2][1].layout, asked[2][1].seq_q) == ("batched", problem.seq_q)
     assert asked[2][1].batch == (1 if cu else problem.batch)
+
+
+def test_parts_run_where_the_fused_kernel_does_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(Equations):
+        def launch(self, spec: KernelSpec, *rest: Any) -> None:
+            super().launch(spec, *rest)
+            if spec.family == "win_sum_fwd":
+                raise KernelError("out of shared memory")
+
+    tensors, _ = make_tensors()
+    wanted = reference_attention(**tensors, config=CONFIG)
+    take_the_kernels_way(monkeypatch)
+    broken = Broken()
+    monkeypatch.setattr(broken, "_fuses", lambda *_: True)
+    for _ in range(2):
+        out = ops.nsa_attention(**tensors, config=CONFIG, dispatcher=broken)
+        torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
+    assert broken.families.count("win_sum_fwd") == 1 and broken.families.count("gate_sum_fwd") == 2
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "shared memory" in caplog.text
 
 
 def test_different_calls_have_different_shapes_and_equal_ones_equal_shapes(recorder: Recorder) -> None:

@@ -16,6 +16,7 @@ import torch
 from cpu.test_bench_command import GPU, FakeDispatcher, pretend_a_gpu
 
 from nsa_autotune.cli import bench_run
+from nsa_autotune.cli.bench import plan_work
 from nsa_autotune.cli.bench_report import Rates, Report, Row
 from nsa_autotune.config import NSAConfig
 from nsa_autotune.dispatch.dispatcher import Dispatcher
@@ -297,6 +298,31 @@ def test_sections_have_a_page_of_their_own(
     assert all(len(r["samples_us"]) == 1 for r in rows if r["kind"] == "ours")
 
 
+@pytest.mark.parametrize("plan", [[], ["--preset", "tiny", "--seq", "96"]], ids=["alone", "with_shapes"])
+def test_sections_are_measured_in_the_dtype_that_is_asked_for(
+    training: ModuleType, on_a_gpu: list[Any], tmp_path: Path, monkeypatch: PATCH, plan: list[str]
+) -> None:
+    monkeypatch.setattr(training, "MEMORY_PLAN", ((96, "forward"),))
+    monkeypatch.setattr(training, "GROUP_TOKENS", 128)
+    sections = ["--small-groups", "--memory", "--untuned", "--dtype", "fp16"]
+    assert training.main([*plan, *sections, "--folder", str(tmp_path)]) == 0
+    (data,) = tmp_path.glob("*.json")
+    assert data.stem.endswith("-training-float16" + ("" if plan else "-small-groups-memory"))
+    found = json.loads(data.read_text())
+    assert {r["problem"]["dtype"] for r in found["rows"]} == {"float16"} == set(found["rates"])
+
+
+def test_shapes_and_sections_may_have_a_dtype_each(
+    training: ModuleType, on_a_gpu: list[Any], tmp_path: Path, monkeypatch: PATCH
+) -> None:
+    monkeypatch.setattr(training, "MEMORY_PLAN", ((96, "forward"),))
+    monkeypatch.setattr(training, "plan_work", lambda problems: plan_work(p.replace(dtype="float32") for p in problems))
+    arguments = ["--preset", "tiny", "--seq", "96", "--memory", "--untuned", "--folder", str(tmp_path)]
+    assert training.main(arguments) == 0
+    (data,) = tmp_path.glob("*.json")
+    assert set(json.loads(data.read_text())["rates"]) == {"float32", "bfloat16"}
+
+
 def test_what_of_ours_does_not_run_is_an_exit_code(
     training: ModuleType, calls: ModuleType, on_a_gpu: list[Any], tmp_path: Path, monkeypatch: PATCH
 ) -> None:
@@ -317,9 +343,12 @@ def test_what_of_ours_does_not_run_is_an_exit_code(
         (("--seq", "8x"), ("sequence lengths", "8x")),
         (("--seq", "8"), ("at least l tokens",)),
         (("--rounds", "3"), ("at least 5 samples",)),
+        (("--small-groups", "--dtype", "fp17"), ("dtype", "fp17", "bfloat16")),
+        (("--module", "--hidden-size", "0"), ("--hidden-size=0", "4096")),
+        (("--memory", "--module"), ("the sections have no module", "--preset")),
         ((), ("needs a CUDA GPU",)),
     ],
-    ids=["preset", "seq", "short", "rounds", "no_gpu"],
+    ids=["preset", "seq", "short", "rounds", "dtype", "width", "sections", "no_gpu"],
 )
 def test_a_mistake_gets_a_sentence(
     training: ModuleType, arguments: tuple[str, ...], words: tuple[str, ...], monkeypatch: PATCH, capsys: Any
