@@ -190,10 +190,10 @@ def test_a_line_without_an_origin_is_explained_by_the_one_above() -> None:
 
 
 def test_an_undefined_name_in_a_template_is_refused_with_its_line(templates: Path) -> None:
-    line = spoil(templates / "win_attn_fwd.py.j2", "hi = first + pos + 1", "hi = first + {{ nothing }} + 1")
-    with pytest.raises(RenderError, match="win_attn_fwd does not render: 'nothing' is undefined") as caught:
-        rendered("win_attn_fwd")
-    assert caught.value.values == {"template": "win_attn_fwd.py.j2", "line": line}
+    line = spoil(templates / "gate_sum_fwd.py.j2", "gate = offs // D * 3", "gate = offs // {{ nothing }} * 3")
+    with pytest.raises(RenderError, match="gate_sum_fwd does not render: 'nothing' is undefined") as caught:
+        rendered("gate_sum_fwd")
+    assert caught.value.values == {"template": "gate_sum_fwd.py.j2", "line": line}
 
 
 def test_an_undefined_name_in_a_macro_is_refused_with_the_macros_line(templates: Path) -> None:
