@@ -19,11 +19,11 @@ import torch
 from nsa_autotune import NativeSparseAttention
 from nsa_autotune.bench.timing import Fn
 from nsa_autotune.cli.bench import LOCALITIES, PRESET, ROUNDS, json_text, plan_work, say, show
-from nsa_autotune.cli.bench_entries import MEAN_FORWARD, Bench, Entry, cost_of
+from nsa_autotune.cli.bench_entries import MEAN_FORWARD, Bench, Entry, cost_of, sum_costs
 from nsa_autotune.cli.bench_report import Report, markdown
 from nsa_autotune.cli.bench_run import Extra, run
 from nsa_autotune.cli.console import errors, write_text
-from nsa_autotune.cli.options import ProblemChoice, split
+from nsa_autotune.cli.options import ProblemChoice, parse_dtype, split
 from nsa_autotune.dispatch.dispatcher import Dispatcher
 from nsa_autotune.errors import InvalidInput, NSAError
 from nsa_autotune.spec import ELEMENT_BYTES, Cost, Problem
@@ -82,9 +82,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def asked_dtypes(text: str) -> tuple[str, ...]:
     """The dtypes of --dtype by their full names; none if it was not given."""
-    if not (asked := tuple(split([text]))):
-        return ()
-    return tuple(dict.fromkeys(p.dtype for p in ProblemChoice(seq="1k", dtypes=asked).problems(PRESET)))
+    return tuple(dict.fromkeys(map(parse_dtype, split([text]))))
 
 
 def check_hidden_size(size: int) -> None:
@@ -159,7 +157,7 @@ def make_module(
 
 def module_cost(problem: Problem, hidden_size: int) -> Cost:
     """The branches and the projections; rotary and gates' sigmoid are left out."""
-    return sum_costs(cost_of(MLP_FORWARD, problem), projections_cost(problem, hidden_size))
+    return sum_costs([cost_of(MLP_FORWARD, problem), projections_cost(problem, hidden_size)])
 
 
 def projections_cost(problem: Problem, hidden_size: int) -> Cost:
@@ -168,11 +166,6 @@ def projections_cost(problem: Problem, hidden_size: int) -> Cost:
     width = p.num_q_heads * (p.d_qk + p.d_v + 3) + 3 * p.num_kv_heads * (p.d_qk + p.d_v)  # of all projections
     moved = ELEMENT_BYTES[p.dtype] * (hidden_size * width + tokens * (2 * hidden_size + width))
     return Cost(2.0 * tokens * hidden_size * width, float(moved))
-
-
-def sum_costs(*costs: Cost) -> Cost:
-    """Operations and bytes of all."""
-    return Cost(sum(cost.flops for cost in costs), sum(cost.bytes_moved for cost in costs))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -111,16 +111,11 @@ def run(
     plan: Sequence[Work], options: argparse.Namespace, where: torch.device, command: str
 ) -> tuple[Report, list[Memory]]:
     """Measure the plan and the sections asked for."""
-    rows: list[Row] = []
-    memory: list[Memory] = []
     how: dict[str, Any] = {"db": options.db, "untuned": options.untuned, "rounds": options.rounds, "say": say}
     with open_bench(where, **how, target_ms=TARGET_MS) as bench:
         dtypes = dict.fromkeys([*(work.problem.dtype for work in plan), *section_dtypes(options)])
         rates = {dtype: measure_rates(bench, dtype) for dtype in dtypes}
-        for section in sections(plan, options, bench):
-            more_rows, more_memory = section()
-            rows, memory = rows + more_rows, memory + more_memory
-            free(where)
+        rows, memory = gather(sections(plan, options, bench), where)
     return make_report(bench, command, options.untuned, rates, rows), memory
 
 
@@ -156,16 +151,22 @@ def write_results(report: Report, memory: Sequence[Memory], options: argparse.Na
 
 def measure(work: Work, bench: Bench, phi: str, hidden_size: int | None) -> Found:
     """Whole calls beside cuDNN, FlashAttention-2 and the module by themselves, and the families of the backward."""
-    rows: list[Row] = []
-    memory: list[Memory] = []
     parts = [partial(beside_cudnn, work.problem, bench, phi), partial(flash, work.problem, bench)]
     if hidden_size is not None:
         parts.append(partial(module, work.problem, bench, hidden_size))
+    rows, memory = gather(parts, bench.device)
+    return rows + backward_rows(work, bench, phi), memory
+
+
+def gather(parts: Iterable[Callable[[], Found]], device: torch.device) -> Found:
+    """What all parts find; the memory of each is given back before the next."""
+    rows: list[Row] = []
+    memory: list[Memory] = []
     for part in parts:
         more_rows, more_memory = part()
         rows, memory = rows + more_rows, memory + more_memory
-        free(bench.device)
-    return rows + backward_rows(work, bench, phi), memory
+        free(device)
+    return rows, memory
 
 
 def backward_rows(work: Work, bench: Bench, phi: str) -> list[Row]:

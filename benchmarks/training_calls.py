@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from forward import MLP_FORWARD, make_module, projections_cost, sum_costs
+from forward import MLP_FORWARD, make_module, projections_cost
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -18,7 +18,7 @@ from training_page import BACKWARD, BOTH, FORWARD, NOT_SUPPORTED, SAVING, Memory
 from nsa_autotune import ops
 from nsa_autotune.bench.library import SDPA_BACKENDS, why_not
 from nsa_autotune.bench.timing import Fn
-from nsa_autotune.cli.bench_entries import MEAN_FORWARD, Bench, Entry, cost_of, dense_cost
+from nsa_autotune.cli.bench_entries import MEAN_FORWARD, Bench, Entry, cost_of, dense_cost, sum_costs
 from nsa_autotune.dispatch.dispatcher import Dispatcher
 from nsa_autotune.errors import InvalidProblem
 from nsa_autotune.kernels import all_specs
@@ -150,7 +150,7 @@ def our_cost(problem: Problem, phi: str) -> dict[str, Cost]:
     attention = [family for family in all_specs() if "_attn_bwd" in family]
     forward = cost_of(MLP_FORWARD if phi == "mlp" else MEAN_FORWARD, problem)
     backward = cost_of(["gate_sum_bwd", *attention, pool], problem)
-    return {FORWARD: forward, SAVING: forward, BACKWARD: backward, BOTH: sum_costs(forward, backward)}
+    return {FORWARD: forward, SAVING: forward, BACKWARD: backward, BOTH: sum_costs([forward, backward])}
 
 
 def our_entries(
@@ -181,7 +181,7 @@ def module_entries(problem: Problem, bench: Bench, hidden_size: int) -> tuple[li
             "module",
             problem,
             None,
-            sum_costs(inner[stage], *[once] * times),
+            sum_costs([inner[stage], *[once] * times]),
             partial(_prepare, made, stage),
             dispatcher,
         )

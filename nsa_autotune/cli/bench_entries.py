@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -72,12 +72,17 @@ def launches(spec: KernelSpec, problem: Problem) -> tuple[Problem, ...]:
 
 def cost_of(families: Sequence[str], problem: Problem) -> Cost:
     """Operations and bytes of all launches of these families."""
-    costs = [
+    return sum_costs(
         spec.cost(part, spec.default_config(part))
         for spec in map(get_spec, families)
         for part in launches(spec, problem)
-    ]
-    return Cost(sum(cost.flops for cost in costs), sum(cost.bytes_moved for cost in costs))
+    )
+
+
+def sum_costs(costs: Iterable[Cost]) -> Cost:
+    """Operations and bytes of all."""
+    found = list(costs)
+    return Cost(sum(cost.flops for cost in found), sum(cost.bytes_moved for cost in found))
 
 
 def branch_entries(spec: KernelSpec, work: Work, bench: Bench) -> list[Entry]:

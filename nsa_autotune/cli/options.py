@@ -123,7 +123,7 @@ class ProblemChoice:
         usual = 1 if base.layout == "paged" else None
         queries = usual if self.seq_q is None else _one_length(self.seq_q)
         seq_lens = parse_seq_lens(self.seq) if self.seq else preset.seq_lens
-        dtypes = [_dtype(name) for name in self.dtypes] or [base.dtype]
+        dtypes = [parse_dtype(name) for name in self.dtypes] or [base.dtype]
         localities = [_locality(text) for text in self.localities] or [base.locality]
         return [
             at_seq_len(base, tokens, queries).replace(dtype=dtype, locality=locality)
@@ -191,7 +191,8 @@ def _cache_dtype(name: str) -> str:
     return full
 
 
-def _dtype(name: str) -> str:
+def parse_dtype(name: str) -> str:
+    """The full name of a dtype or of its short form; UnknownName with the nearest one."""
     from ..search.presets import unknown_name
 
     full = DTYPE_ALIASES.get(name.lower(), name.lower())

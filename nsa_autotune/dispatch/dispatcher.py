@@ -144,15 +144,11 @@ class Dispatcher:
         return known
 
     def _fuses(self, asked: Sequence[tuple[KernelSpec, Problem]], here: Fingerprint) -> bool:
-        choices: list[Choice] = []
-        for spec, problem in asked:
-            try:
-                choices.append(self._choose(spec, problem, here, guess=False))
-            except NSAError:  # what cannot be served tells why when it is launched
-                return False
-            if choices[-1].measured is None:
-                return False
-        return is_faster(choices[0], choices[1:]) and (choices[0].step is Step.EXACT or not self.strict)
+        try:
+            fused, *parts = (self._choose(spec, problem, here, guess=False) for spec, problem in asked)
+        except NSAError:  # what cannot be served tells why when it is launched
+            return False
+        return is_faster(fused, parts) and (fused.step is Step.EXACT or not self.strict)
 
     def split(self, shape: Hashable, error: KernelError) -> None:
         """Run the parts from now on, since the fused kernel of a shape that `fuses` was asked for does not run."""

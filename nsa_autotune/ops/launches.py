@@ -92,9 +92,8 @@ def launch_window_and_sum(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o and lse of the window, and the gated sum: by one kernel where that was measured to be faster than two."""
     if serve.on_kernels(q) and q.numel() > 0 and k.numel() > 0:
-        specs = [kernels.get_spec(family) for family in (WINDOW_AND_SUM, *kernels.FUSED[WINDOW_AND_SUM])]
         shape, problem = _attention_problem(q, k, v, call)
-        if serve.fuses(call.dispatcher, specs, shape, problem, q.device):
+        if serve.fuses(call.dispatcher, WINDOW_AND_SUM, shape, problem, q.device):
             out = torch.empty_like(o_cmp, memory_format=torch.contiguous_format)
             others = {"o_cmp": o_cmp.contiguous(), "o_slc": o_slc.contiguous(), "gates": gates.contiguous()}
             try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,6 +16,7 @@ from ..config import NSAConfig
 from ..dispatch.dispatcher import Dispatcher, by_number
 from ..dispatch.sources import default_winners
 from ..errors import InvalidInput, KernelError
+from ..kernels import FUSED, get_spec
 from ..layout import PackedLayout
 from ..spec import DEFAULT_LOCALITY, KernelSpec, Problem
 
@@ -115,15 +116,15 @@ def describe(
 
 def fuses(
     dispatcher: Dispatcher | None,
-    specs: Sequence[KernelSpec],
+    family: str,
     shape: tuple[Any, ...],
     problem: Callable[[], Problem],
     device: torch.device,
 ) -> bool:
-    """True if the first family was measured to be faster than the others one after the other."""
+    """True if this fused family was measured to be faster than its parts one after the other."""
 
     def asked() -> list[tuple[KernelSpec, Problem]]:
-        whole = problem()
+        whole, specs = problem(), map(get_spec, (family, *FUSED[family]))
         flat = whole.replace(batch=1, layout="batched") if whole.layout == "packed" else whole
         return [(spec, whole if "layout" in spec.problem_fields else flat) for spec in specs]
 
