@@ -25,7 +25,8 @@ def constants(problem: Problem, config: Config) -> dict[str, Value]:
 def structure(problem: Problem, config: Config) -> dict[str, Any]:
     """What all attention templates read; keys and values are loaded once, with pointers."""
     switches = c.attention_structure(problem, {**config, "use_tma": False})
-    return {name: value for name, value in switches.items() if name != "store_lse"}
+    kept = {name: value for name, value in switches.items() if name != "store_lse"}
+    return {**kept, "dp_first": config["dp_first"]}
 
 
 def defaults(problem: Problem) -> Config:
@@ -38,6 +39,7 @@ def defaults(problem: Problem) -> Config:
         **config,
         "BLOCK_N": min(problem.nsa.select_block_size, 32 if wide or crowded else 64),
         "CHUNK": 2048,
+        "dp_first": False,
         "split_mask": False,  # two loops can make ptxas serialize the matrix instructions
         "num_warps": 8 if crowded else 4,
         "num_stages": 2,
@@ -81,6 +83,7 @@ SPEC = KernelSpec(
             reserve=(8192,),
         ),
         b.SPLIT_QUERIES,
+        b.DP_FIRST,
         b.NUM_WARPS,
         b.NUM_STAGES,
         c.MAXNREG,
