@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import re
 import shlex
 import shutil
 import subprocess
@@ -42,7 +41,7 @@ BUSY = ".avg.pct_of_peak_sustained_"  # a unit's share of what it can do, while 
 WAITS, PER_ISSUE = "smsp__average_warps_issue_stalled_", "_per_issue_active.ratio"
 SUMMARIES = ("sm__throughput", "sm__warps_active")  # of several units, and no unit
 TO_NS = {"ns": 1.0, "nsecond": 1.0, "us": 1e3, "usecond": 1e3, "ms": 1e6, "msecond": 1e6, "s": 1e9, "second": 1e9}
-BEGUN = re.compile(r'==PROF== Profiling ".*" - (\d+)')
+CUT = "arange"  # the kernel of torch.arange, launched before each call, so that the list of kernels can be cut
 MARK = "nsa-counters:"  # before a launch's name, on the child's standard output
 SHOWN = 4
 
@@ -108,6 +107,7 @@ def launch_all(options: argparse.Namespace) -> None:
                     where_at = "" if entry.locality is None else f", locality {entry.locality:g}"
                     print(f"{MARK}{family}, {problem.seq_k} tokens{where_at}", flush=True)
                     torch.cuda.profiler.start()
+                    torch.arange(2, device=where)
                     call()
                     torch.cuda.synchronize(where)
                     torch.cuda.profiler.stop()
@@ -130,20 +130,20 @@ def profile(arguments: Sequence[str]) -> str:
 
 
 def read_launches(text: str) -> list[Launch]:
-    """The profiled kernels, each with the name that was printed before it began."""
+    """The profiled kernels, each with the name of its call; names are printed in the order of the calls."""
     lines = text.splitlines()
     first = next((number for number, line in enumerate(lines) if line.startswith('"ID"')), None)
     if first is None:
         raise InvalidInput("Nsight Compute profiled no launch", {"said": text[-500:]}, "See what it printed above.")
-    names, name = {}, ""
-    for line in lines[:first]:
-        begun = BEGUN.match(line)
-        if line.startswith(MARK):
-            name = line.removeprefix(MARK)
-        elif begun is not None:
-            names[begun[1]] = name
+    names = iter([line.removeprefix(MARK) for line in lines[:first] if line.startswith(MARK)])
     units, *rows = csv.DictReader(line for line in lines[first:] if line.startswith('"'))
-    return [read_launch(names.get(row["ID"], ""), row, units) for row in rows]
+    name, found = "", []
+    for row in rows:
+        if CUT in row["Kernel Name"]:
+            name = next(names, "")
+        else:
+            found.append(read_launch(name, row, units))
+    return found
 
 
 def read_launch(name: str, row: Mapping[str, str], units: Mapping[str, str]) -> Launch:
