@@ -39,11 +39,11 @@ SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis",
 TIME = "gpu__time_duration.sum"
 BUSY = ".avg.pct_of_peak_sustained_"  # a unit's share of what it can do, while active or in all
 WAITS, PER_ISSUE = "smsp__average_warps_issue_stalled_", "_per_issue_active.ratio"
-SUMMARIES = ("sm__throughput", "sm__warps_active")  # of several units, and no unit
+SUMMARIES = ("gpu__", "sm__throughput", "sm__memory_throughput", "sm__warps_active", "sm__instruction_throughput")
 TO_NS = {"ns": 1.0, "nsecond": 1.0, "us": 1e3, "usecond": 1e3, "ms": 1e6, "msecond": 1e6, "s": 1e9, "second": 1e9}
 CUT = "arange"  # the kernel of torch.arange, launched before each call, so that the list of kernels can be cut
 MARK = "nsa-counters:"  # before a launch's name, on the child's standard output
-SHOWN = 4
+SHOWN, SHORT_MS = 4, 0.05  # items of a cell; kernels that the page leaves out
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def read_launch(name: str, row: Mapping[str, str], units: Mapping[str, str]) -> 
     busy: dict[str, float] = {}
     for key, value in numbers.items():
         unit = key.partition(".")[0]
-        if BUSY in key and unit not in SUMMARIES:
+        if BUSY in key and not unit.startswith(SUMMARIES):  # those speak of several units, or of none
             busy[unit] = max(value, busy.get(unit, 0.0))
     waits = {
         key.removeprefix(WAITS).removesuffix(PER_ISSUE): value
@@ -183,12 +183,15 @@ def markdown(launches: Iterable[Launch], fingerprint: Mapping[str, str], command
         "",
         "Percent of a unit's peak rate, the busiest first; cycles that a warp waits for an instruction, by reason.",
         "One launch each, replayed by Nsight Compute with flushed caches, so the times are not those of a benchmark.",
+        f"Kernels of less than {SHORT_MS} ms stand in the JSON file only.",
         "",
         "| launch | kernel | ms | busiest units, % of peak | what warps wait for, cycles |",
         "| --- | --- | ---: | --- | --- |",
     ]
     lines += [
-        f"| {one.name} | {one.kernel} | {one.ms:.3f} | {ranked(one.busy)} | {ranked(one.waits)} |" for one in launches
+        f"| {one.name} | {one.kernel} | {one.ms:.3f} | {ranked(one.busy)} | {ranked(one.waits)} |"
+        for one in launches
+        if one.ms >= SHORT_MS
     ]
     return "\n".join(lines) + "\n"
 
