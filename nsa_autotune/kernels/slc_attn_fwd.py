@@ -19,11 +19,9 @@ TOKENS = {  # a tile's, by loop order; a union has a bit a token
     "query_major": BLOCK_T[:1],
     "union": BLOCK_T[1:6],
     "pair": (2,),
-    "quad": (4,),
     k.ORDER: BLOCK_T,
 }
-SHARED_FIRST = ("pair", "quad")
-WIDE_GROUP = Problem(  # the group that pair and quad need, with blocks that only some tokens of a tile chose
+WIDE_GROUP = Problem(  # the group that pair needs, with blocks that only some tokens of a tile chose
     seq_q=70,
     seq_k=70,
     num_q_heads=9,
@@ -71,9 +69,9 @@ def defaults(problem: Problem) -> Config:
 
 
 def tile_blocks(problem: Problem, config: Config) -> float:
-    """Expected blocks that a tile reads: the union, or what all its tokens chose and then each token's others."""
+    """Expected blocks that a tile reads: the union, or what both its tokens chose and then each token's others."""
     nsa, tokens = problem.nsa, int(config["BLOCK_T"])
-    if config["loop_order"] not in SHARED_FIRST:
+    if config["loop_order"] != "pair":
         return c.union_blocks(problem, tokens)
     chosen = min(nsa.num_selected, nsa.num_select_blocks(problem.seq_k))
     forced = min(nsa.num_initial + nsa.num_local, chosen)
@@ -88,7 +86,7 @@ def cost(problem: Problem, config: Config) -> Cost:
     seen = min(c.total_positions(problem), float(tokens) * nsa.num_selected * nsa.select_block_size)
     flops = 2 * seen * problem.num_q_heads * width
     reads = tile_blocks(problem, config) / min(nsa.num_selected, nsa.num_select_blocks(problem.seq_k))
-    waste = 1.0 if config["loop_order"] in SHARED_FIRST else reads
+    waste = 1.0 if config["loop_order"] == "pair" else reads
     keys = c.num_tokens(problem, "seq_k") * problem.num_kv_heads * width
     found = Cost(
         flops=flops,
@@ -130,7 +128,7 @@ SPEC = KernelSpec(
         Param(
             "loop_order",
             tuple(TOKENS),
-            "one token a tile; the union of adjacent ones; 2 or 4, what all chose first; or a block and who chose it",
+            "one token a tile; the union of adjacent ones; two, what both chose first; or a block and who chose it",
             structural=True,
         ),
         Param("BLOCK_T", BLOCK_T, "query tokens a tile"),
@@ -149,15 +147,15 @@ SPEC = KernelSpec(
     constraints=(
         *c.TILE_CONSTRAINTS,
         Constraint(
-            "query_major takes one token a tile, union 2 to 32, pair 2 and quad 4",
+            "query_major takes one token a tile, union 2 to 32 and pair 2",
             lambda p, config: int(config["BLOCK_T"]) in TOKENS[str(config["loop_order"])],
         ),
         Constraint(
-            "pair and quad need 9 query heads or more a kv head, so that one token fills a matrix instruction",
-            lambda p, config: config["loop_order"] not in SHARED_FIRST or c.next_power_of_2(p.group_size) >= 16,
+            "pair needs 9 query heads or more a kv head, so that one token fills a matrix instruction",
+            lambda p, config: config["loop_order"] != "pair" or c.next_power_of_2(p.group_size) >= 16,
         ),
         Constraint(
-            "pair and quad hold their lists in registers, and key_major carries in any case: nothing to switch",
+            "pair holds its lists in registers, and key_major carries in any case: nothing to switch",
             lambda p, config: config["loop_order"] in ("query_major", "union") or not config["carry"],
         ),
         *k.constraints("d_v", 1),
