@@ -17,7 +17,7 @@ from typing import Any
 from forward import RESULTS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-GPU = "h100-80gb-hbm3"
+GPU = "h200"
 WORKS = {"forward": "forward", "backward": "backward", "step": "decode step in a CUDA graph, 512k tokens in all"}
 PLAIN = (None, "problem")  # dtypes of a cache that are no fp8
 DECODED_TOKENS = 512 * 1024  # batch times length of the decode line: 64 x 8k to 4 x 128k
