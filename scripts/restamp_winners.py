@@ -1,12 +1,17 @@
-"""Keep shipped winners whose template changed but not what it renders for them: python scripts/restamp_winners.py
+"""Keep shipped winners whose template changed but not what it renders for them.
+
+    python scripts/restamp_winners.py [--main-kernel]
 
 A winner's readable source lies in kernels_generated/winners/<arch>. Where the present template, with the former values
 of parameters that came since, renders the same code, the row of tuning_db/<arch>.jsonl gets the present digest and the
 source is written anew. Where one renders other code, its table stays as it is: it has to be measured again.
+With --main-kernel only the kernel named after the family and its constants are compared: after a change of helpers,
+which a config does not choose, winners are still worth serving; their times stay those of before.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import json
 import sys
@@ -23,10 +28,12 @@ from nsa_autotune.search.drift import completed_winner
 from nsa_autotune.spec import KernelSpec, Problem
 
 
-def code_of(source: str) -> str:
-    """What a source does: its syntax tree without the head and without CONFIG."""
+def code_of(source: str, kernel: str = "") -> str:
+    """What a source does: its syntax tree without the head and CONFIG; with `kernel` that one and constants only."""
     tree = ast.parse(source)
     tree.body = [node for node in tree.body if not (_is_text(node) or _is_told(node))]
+    if kernel:
+        tree.body = [n for n in tree.body if isinstance(n, ast.Assign) or getattr(n, "name", "") == kernel]
     return ast.dump(tree)
 
 
@@ -44,21 +51,24 @@ def head_of(source: str) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines) if value}
 
 
-def restamped(winner: WinnerRecord, spec: KernelSpec, sources: list[str]) -> WinnerRecord | None:
+def restamped(
+    winner: WinnerRecord, spec: KernelSpec, sources: list[str], main_kernel: bool = False
+) -> WinnerRecord | None:
     """The winner under the present template, or None if that renders other code than one of the sources for it."""
+    kernel = f"{spec.family}_kernel" if main_kernel else ""
     now, problem = completed_winner(winner, spec), Problem.from_dict(winner.problem)
     if spec.broken_constraint(problem, now.config) is not None:
         return None
-    wanted = code_of(render(spec, problem, now.config).source)
+    wanted = code_of(render(spec, problem, now.config).source, kernel)
     for source in sources:
         head = head_of(source)
         measured = (head.get("template digest"), json.loads(head.get("config", "null")))
-        if measured == (winner.template_digest, winner.config) and code_of(source) == wanted:
+        if measured == (winner.template_digest, winner.config) and code_of(source, kernel) == wanted:
             return replace(now, template_digest=template_digest(spec))
     return None
 
 
-def restamp(table: Path, folder: Path) -> tuple[int, list[str]]:
+def restamp(table: Path, folder: Path, main_kernel: bool = False) -> tuple[int, list[str]]:
     """Rewrite a table and its sources if no winner is lost; how many were restamped, and those that would be lost."""
     with TuningStore("sqlite://", import_shipped=False) as store:
         store.import_jsonl(table, source=None)
@@ -70,7 +80,7 @@ def restamp(table: Path, folder: Path) -> tuple[int, list[str]]:
             kept.append((winner, trial))
             continue
         sources = [path.read_text(encoding="utf-8") for path in sorted(folder.glob(f"{winner.family}__*.py"))]
-        found = restamped(winner, spec, sources)
+        found = restamped(winner, spec, sources, main_kernel)
         if found is None:
             lost.append(f"{winner.family} on {winner.fingerprint['gpu']}: {winner.problem_key}")
         else:
@@ -85,9 +95,11 @@ def restamp(table: Path, folder: Path) -> tuple[int, list[str]]:
 
 def main() -> int:
     """All tables; 1 if a winner has other code now: then its table is left as it is."""
-    code = 0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--main-kernel", action="store_true", help="compare the family's own kernel only")
+    main_kernel, code = parser.parse_args().main_kernel, 0
     for table in sorted(TUNING_DB.glob("*.jsonl")):
-        count, lost = restamp(table, WINNERS_DIR / table.stem)
+        count, lost = restamp(table, WINNERS_DIR / table.stem, main_kernel)
         for line in lost:
             print(f"other code than was measured: {line}", file=sys.stderr)
         print(f"{table.name}: {count} winners restamped" if not lost else f"{table.name}: left as it is")
