@@ -62,6 +62,9 @@ def ship(
     if made.stale:
         left_out = count_text(made.stale, "winner of a changed template is", "winners of changed templates are")
         messages.print(f"{left_out} left out", markup=False)
+    if made.untuned:
+        text = f"no winner of {made.gpu} for {', '.join(made.untuned)}: the default config is shipped"
+        messages.print(text, markup=False, soft_wrap=True)
     binaries = f", {count_text(made.binaries, 'compiled binary', 'compiled binaries')}" if order.targets else ""
     counts = f"{count_text(made.winners, 'winner')} of {made.gpu}, {count_text(made.kernels, 'kernel')}{binaries}"
     output().print(f"{made.name}: {counts}; pip install {out}", markup=False, soft_wrap=True)

@@ -42,6 +42,7 @@ class Made:
     stale: int  # left out, since their template changed
     kernels: int
     binaries: int
+    untuned: tuple[str, ...] = ()  # families of which the default config only is shipped
 
 
 def make_package(store: TuningStore, order: Order, out: Path, report: Report) -> Made:
@@ -60,7 +61,9 @@ def make_package(store: TuningStore, order: Order, out: Path, report: Report) ->
     binaries = compile_binaries(kernels, order.targets, report)
     write_folder(build(name, chosen, kernels, trials, binaries, order.targets), out)
     compiled = max(0, (len(binaries) - 1) // 2)  # two files each, and an index
-    return Made(name, gpu, len(chosen.winners), chosen.stale, len(kernels), compiled)
+    tuned = {winner.family for winner in chosen.winners}
+    untuned = tuple(dict.fromkeys(each.spec.family for each in kernels if each.spec.family not in tuned))
+    return Made(name, gpu, len(chosen.winners), chosen.stale, len(kernels), compiled, untuned)
 
 
 def trials_of(store: TuningStore, winner: WinnerRecord) -> Sequence[TrialRecord]:

@@ -326,6 +326,14 @@ def test_filters(url: str, tmp_path: Path, options: list[str], seqs: set[int]) -
     assert set(table.templates) == families  # default kernels of the others serve the model
 
 
+def test_families_without_a_winner_are_named(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for options, told in ((["--families", "win_attn_fwd,cmp_attn_fwd"], "for cmp_attn_fwd: the default"), ([], "")):
+        gpu = "NVIDIA H200" if told else "h100"
+        assert main(["ship", "--gpu", gpu, "--db", url, "--out", str(tmp_path / gpu), *options]) == 0
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"no winner of NVIDIA H200 {told}" in said if told else "no winner of" not in said
+
+
 # mistakes
 
 
