@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from .config import NSAConfig
@@ -140,7 +141,7 @@ class Param:
     reserve: tuple[int, ...] = ()
     former: Value | None = None
 
-    @property
+    @cached_property
     def widest(self) -> tuple[Value, ...]:
         """All values that a config may have, in order."""
         low, high = [v for v in self.reserve if v < self.values[0]], [v for v in self.reserve if v > self.values[-1]]  # type: ignore[operator]
@@ -222,6 +223,7 @@ class KernelSpec:
     layouts: tuple[str, ...] = ("batched", "packed")  # that the family serves
     importance: Callable[..., Any] | None = None  # (problem, inputs) -> scores of a paged selection, [B * Q, H, NB]
     library: str = ""  # provider measured beside it, if any
+    only: tuple[Config, ...] | None = field(default=None, compare=False)  # a list that holds every legal config, if any
 
     @property
     def template(self) -> str:

@@ -119,7 +119,7 @@ def restrict(spec: KernelSpec, configs: Sequence[Config]) -> KernelSpec:
     seen = {param.name: {canonical_json(config[param.name]) for config in configs} for param in spec.params}
     params = tuple(_with_values(param, seen[param.name]) for param in spec.params)
     recorded = Constraint("the config must have been recorded", lambda _problem, config: config_key(config) in keys)
-    return replace(spec, params=params, constraints=(recorded, *spec.constraints))
+    return replace(spec, params=params, constraints=(recorded, *spec.constraints), only=tuple(configs))
 
 
 def _with_values(param: Param, seen: set[str]) -> Param:

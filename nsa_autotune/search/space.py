@@ -49,6 +49,9 @@ class ConfigSpace:
 
     def configs(self) -> Iterator[Config]:
         """Legal configs, lazily, in the order of the parameters' values."""
+        if self.spec.only is not None:
+            yield from filter(self.is_legal, self.spec.only)
+            return
         names = [param.name for param in self.spec.params]
         for values in itertools.product(*(param.values for param in self.spec.params)):
             config = dict(zip(names, values, strict=True))
@@ -57,13 +60,16 @@ class ConfigSpace:
 
     def all_if_at_most(self, limit: int) -> list[Config] | None:
         """Every legal config if there are at most `limit` and the grid is small enough to walk, else None."""
-        if self.num_points > SCAN_LIMIT:
+        if self.spec.only is None and self.num_points > SCAN_LIMIT:
             return None
         found = list(itertools.islice(self.configs(), limit + 1))
         return found if len(found) <= limit else None
 
     def sample(self, rng: random.Random, seen: Collection[str] = ()) -> Config | None:
         """A random legal config whose key is not in `seen`, or None if none turned up."""
+        if self.spec.only is not None:
+            left = [config for config in self.configs() if config_key(config) not in seen]
+            return rng.choice(left) if left else None
         for _ in range(SAMPLE_TRIES):
             config = {param.name: rng.choice(param.values) for param in self.spec.params}
             if config_key(config) not in seen and self.is_legal(config):

@@ -1,4 +1,8 @@
-"""Which config to try next: seeds, then Optuna's TPE, then coordinate descent around the best; never one twice."""
+"""Which config to try next, never one twice: seeds, a few at random, then what a surrogate of the times promises most.
+
+The surrogate looks at a pool of random configs and at the neighbours of the best. Every few proposals Optuna's TPE is
+asked instead, which knows nothing of the surrogate's assumptions.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,13 @@ from optuna.trial import Trial, TrialState
 
 from ..spec import Config
 from .space import ConfigSpace, config_key
+from .surrogate import Surrogate
 
 MAX_ASKS = 8  # proposals of the sampler that may turn out known or illegal before chance decides
 POLISH_BASES = 3  # the best configs whose neighbourhoods are searched
+START = 8  # configs known or under way before the surrogate is asked
+TPE_EVERY = 8  # proposals, of which one is TPE's
+POOL, POOL_GROWTH = 256, 16  # random configs that the surrogate looks at, and how many join them at each proposal
 
 
 @contextmanager
@@ -44,6 +52,10 @@ class ConfigSearch:
         self._twins: set[str] = set()  # keys of configs that run the code of another one
         self._asked: dict[str, Trial] = {}
         self._seen: set[str] = set()  # keys of all configs that are known or under way
+        self._proposed: dict[str, Config] = {}
+        self._surrogate = Surrogate(space.spec)
+        self._pool: dict[str, Config] = {}
+        self._num_guided = 0
         self._distributions = space.distributions()
         with quiet_optuna():
             sampler = optuna.samplers.TPESampler(multivariate=True, group=True, constant_liar=True, seed=seed)
@@ -63,15 +75,16 @@ class ConfigSearch:
     def propose(self, *, polish: bool = False) -> Config | None:
         """A legal config that was never proposed or recorded, or None if there is none left.
 
-        `polish` looks next to the best configs; without it, or if they have no unseen neighbour, the sampler is asked.
+        `polish` looks next to the best configs only, unless they have no unseen neighbour.
         """
         config = self._next_seed()
         if config is None and polish:
             config = self._next_neighbour()
         if config is None:
-            config = self._ask() or self.space.sample(self._rng, self._seen) or self._next_neighbour()
+            config = self._next_guided() or self.space.sample(self._rng, self._seen) or self._next_neighbour()
         if config is not None:
             self._seen.add(config_key(config))  # several may be proposed before the first is recorded
+            self._proposed[config_key(config)] = config
         return config
 
     def record(self, config: Config, median_us: float | None, *, twin: bool = False) -> None:
@@ -115,11 +128,46 @@ class ConfigSearch:
         return None
 
     def _next_neighbour(self) -> Config | None:
+        """The most promising neighbour of the best config that has an unseen one."""
         for base, _ in self.ranked()[:POLISH_BASES]:
-            neighbours = [config for config in self.space.neighbours(base) if config_key(config) not in self._seen]
+            neighbours = self._unseen(self.space.neighbours(base))
             if neighbours:
-                return self._rng.choice(neighbours)
+                return self._choose(neighbours)
         return None
+
+    def _next_guided(self) -> Config | None:
+        """The surrogate's choice or TPE's; None while too little is known, or if nothing is left to choose from."""
+        if len(self._seen) < START or not self.ranked():
+            return None
+        self._num_guided += 1
+        if self._num_guided % TPE_EVERY == 0:
+            return self._ask()
+        self._fill_pool()
+        near = [config for base, _ in self.ranked()[:POLISH_BASES] for config in self.space.neighbours(base)]
+        candidates = self._unseen([*self._pool.values(), *near])
+        return self._choose(candidates) if candidates else None
+
+    def _fill_pool(self) -> None:
+        """Drop what was tried, add what was not; a space that is a list is looked at whole."""
+        self._pool = {key: config for key, config in self._pool.items() if key not in self._seen}
+        wanted = len(self._pool) + POOL_GROWTH if self._pool else POOL
+        if self.space.spec.only is not None:
+            self._pool = {config_key(config): config for config in self.space.configs()}
+            return
+        while len(self._pool) < wanted:
+            config = self.space.sample(self._rng, self._seen | self._pool.keys())
+            if config is None:
+                return
+            self._pool[config_key(config)] = config
+
+    def _unseen(self, configs: Iterable[Config]) -> list[Config]:
+        found = {config_key(config): config for config in configs}
+        return [config for key, config in found.items() if key not in self._seen]
+
+    def _choose(self, candidates: list[Config]) -> Config:
+        known = [(config, self._times_us[key]) for key, config in self._configs.items()]
+        pending = [config for key, config in self._proposed.items() if key not in self._times_us]
+        return self._surrogate.choose(known, pending, candidates) or self._rng.choice(candidates)
 
     def _ask(self) -> Config | None:
         """TPE's proposal, moved to a legal unseen config one value away if need be."""

@@ -35,6 +35,7 @@ from .task import Task, known_trials, known_winner, seed_configs
 
 EXHAUSTIVE_LIMIT = 256  # legal configs up to which a budget in minutes alone tries them all
 EXPLORE_SHARE = 0.6  # of the budget before the neighbourhoods of the best are searched
+AHEAD_SHARE = 0.125  # of the trials that may be under way: what is proposed together learns nothing of each other
 SEED_SHARE = 0.25  # of the trials that may go to seeds
 FINALISTS = 8  # raced against each other and the default
 MAX_RACES = 3  # fields of finalists of which none survives
@@ -180,8 +181,10 @@ class _Tuning:
     def _top_up(self) -> bool:
         """Keep as many configs under way as are worth preparing together and the budget allows; False if none is."""
         count = self.preparer.ahead - self.under_way
-        if self.meter.budget.max_trials is not None:
-            count = min(count, self.meter.budget.max_trials - self.meter.trials - self.under_way)
+        limit = self.meter.budget.max_trials
+        if limit is not None:
+            ahead = max(1, min(self.preparer.ahead, int(limit * AHEAD_SHARE)))
+            count = min(ahead, limit - self.meter.trials) - self.under_way
         if self.meter.exhausted and (self.search.ranked() or self.under_way or self.num_done):
             count = 0  # at least one batch is tried, however short the time
         polish = self.meter.spent >= EXPLORE_SHARE
