@@ -199,6 +199,8 @@ class Cost:
     bytes_moved: float
     on_chip_bytes: float = 0.0  # bytes that must cross from L2 into the multiprocessors
     mma_flops: float = 0.0  # matrix-unit operations including padding; 0 means `flops`
+    tile_rows: int = 0  # of the scores that a program holds at once; 0 where there are none or nobody says
+    tile_columns: int = 0
 
 
 @dataclass(frozen=True)

@@ -161,6 +161,8 @@ def dq_cost(problem: Problem, config: Config, pairs: float, keys: int, waste: fl
         bytes_moved=float(size * moved + 8 * rows),
         on_chip_bytes=pairs / int(config["BLOCK_T"]) * problem.num_kv_heads * _width(problem) * size,
         mma_flops=flops * waste * c.block_g(problem, config) / problem.group_size,
+        tile_rows=c.block_m(problem, config),
+        tile_columns=int(config["BLOCK_N"]),
     )
 
 
@@ -176,6 +178,8 @@ def dkv_cost(problem: Problem, config: Config, pairs: float, keys: int, waste: f
         bytes_moved=moved + partial_sums,
         on_chip_bytes=pairs / int(config["BLOCK_N"]) * problem.num_q_heads * _width(problem) * size + partial_sums,
         mma_flops=flops * waste * c.block_g(problem, config) / problem.group_size,
+        tile_rows=int(config["BLOCK_N"]),  # keys: the scores are transposed
+        tile_columns=c.block_m(problem, config),
     )
 
 

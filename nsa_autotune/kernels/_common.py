@@ -63,6 +63,12 @@ def block_m(problem: Problem, config: Config) -> int:
     return block_g(problem, config) * int(config["BLOCK_T"])
 
 
+def score_tile(problem: Problem, config: Config) -> tuple[int, int]:
+    """Rows and columns of the tile of scores that a program of an attention family holds."""
+    rows, columns = block_m(problem, config), int(config["BLOCK_N"])
+    return (columns, rows) if config.get("swap", False) else (rows, columns)
+
+
 def default_block_t(problem: Problem, rows: int) -> int:
     """Tokens a tile so that it has about `rows` rows."""
     return max(1, rows // next_power_of_2(problem.group_size))

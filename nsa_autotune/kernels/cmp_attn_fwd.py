@@ -30,11 +30,14 @@ def cost(problem: Problem, config: Config) -> Cost:
     tokens = c.num_tokens(problem, "seq_q")
     rows = c.num_tokens(problem, "seq_k") // problem.nsa.compress_stride
     moved = size * (tokens * problem.num_q_heads * width + rows * problem.num_kv_heads * width)
+    tile_rows, tile_columns = c.score_tile(problem, config)
     return Cost(
         flops=flops,
         bytes_moved=moved + 4 * tokens * problem.num_q_heads,
         on_chip_bytes=visible / int(config["BLOCK_T"]) * problem.num_kv_heads * width * size,
         mma_flops=flops * c.block_g(problem, config) / problem.group_size,
+        tile_rows=tile_rows,
+        tile_columns=tile_columns,
     )
 
 

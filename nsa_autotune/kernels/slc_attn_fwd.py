@@ -88,11 +88,14 @@ def cost(problem: Problem, config: Config) -> Cost:
     reads = tile_blocks(problem, config) / min(nsa.num_selected, nsa.num_select_blocks(problem.seq_k))
     waste = 1.0 if config["loop_order"] == "pair" else reads
     keys = c.num_tokens(problem, "seq_k") * problem.num_kv_heads * width
+    tile_rows, tile_columns = c.score_tile(problem, config)
     found = Cost(
         flops=flops,
         bytes_moved=size * (tokens * problem.num_q_heads * width + keys) + 4 * tokens * problem.num_q_heads,
         on_chip_bytes=seen * reads / block_t * problem.num_kv_heads * width * size,
         mma_flops=flops * waste * c.block_g(problem, config) / problem.group_size,
+        tile_rows=tile_rows,
+        tile_columns=tile_columns,
     )
     return k.work(problem, config, found, problem.d_qk, problem.d_v) if k.is_on(config) else found
 

@@ -48,11 +48,14 @@ def cost(problem: Problem, config: Config) -> Cost:
     block_t = int(config["BLOCK_T"])
     waste = tile_keys(problem, config) / problem.nsa.window_size * c.block_g(problem, config) / problem.group_size
     keys = c.num_tokens(problem, "seq_k") * problem.num_kv_heads * width
+    tile_rows, tile_columns = c.score_tile(problem, config)
     return Cost(
         flops=flops,
         bytes_moved=size * (tokens * problem.num_q_heads * width + keys) + 4 * tokens * problem.num_q_heads,
         on_chip_bytes=seen / block_t * problem.num_kv_heads * width * size,
         mma_flops=flops * waste,
+        tile_rows=tile_rows,
+        tile_columns=tile_columns,
     )
 
 

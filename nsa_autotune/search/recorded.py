@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import median
+from typing import Any
 
 from ..bench.result import TrialResult
 from ..db.records import TrialRecord
@@ -15,6 +16,7 @@ from ..spec import Config, Constraint, KernelSpec, Param, Problem, canonical_jso
 from .progress import WORKED
 from .space import config_key
 
+PROGRAMS = "num_programs"  # of resources; 0 where it is not known
 LEAST_WORKING = 16  # configs of a space that is worth a search
 
 
@@ -99,12 +101,21 @@ def make_space(spec: KernelSpec, records: Sequence[TrialRecord]) -> RecordedSpac
 def merge_trials(trials: Sequence[TrialRecord]) -> TrialResult:
     """One result of several trials of a config, oldest first: all samples together, else the newest failure."""
     samples = tuple(sample for trial in trials if trial.status in WORKED for sample in _samples(trial))
-    resources = next((dict(trial.resources) for trial in reversed(trials) if trial.resources), None)
+    resources = merge_resources(trials)
     if not samples:
         newest = trials[-1]
         status = "runtime" if newest.status == "ok" else newest.status  # without a sample nothing was measured
         return TrialResult(status, newest.reason, resources=resources)  # type: ignore[arg-type]
     return TrialResult("ok", samples_us=samples, median_us=median(samples), resources=resources)
+
+
+def merge_resources(trials: Iterable[TrialRecord]) -> dict[str, Any] | None:
+    """What any trial of a config tells, the newest counting most: a race does not know the number of programs."""
+    found: dict[str, Any] = {}
+    for trial in trials:
+        told = trial.resources or {}
+        found |= {name: value for name, value in told.items() if name != PROGRAMS or value}
+    return found or None
 
 
 def _samples(trial: TrialRecord) -> tuple[float, ...]:

@@ -18,6 +18,8 @@ from ..spec import Cost
 from .presets import unknown_name
 
 MMA_SHARE = 0.7  # of the peak that a good kernel with many warps reaches
+WARP_ROWS = 16  # of a matrix instruction: warps beyond a tile's rows share its columns out
+COLUMNS_OVERHEAD = 8  # columns that a warp's part of a tile costs more than it has: the narrowest instruction
 BYTES_SHARE = 0.85  # of the bandwidths likewise
 HALF_RATE_WARPS = 4  # warps on a multiprocessor that reach half of the peak
 HBM_IN_FLIGHT_BYTES = 32 * 1024  # on each multiprocessor, for full bandwidth at the latency of device memory
@@ -157,7 +159,7 @@ def model_terms(cost: Cost, resources: ResourcesLike, gpu: GpuModel, dtype: str 
     in_flight = max(resident * resources.shared_bytes, warps * gpu.warp_size * LOADS_IN_FLIGHT_BYTES)
     fed = min(1.0, in_flight / HBM_IN_FLIGHT_BYTES)
     return Terms(
-        arithmetic_us=_arithmetic_us(cost, gpu, dtype) / hiding,
+        arithmetic_us=_arithmetic_us(cost, gpu, dtype) / hiding / _tile_share(cost, resources.num_warps),
         memory_us=cost.bytes_moved / (gpu.hbm_tbps * BYTES_SHARE * fed) / 1e6,
         l2_us=L1_MISS_SHARE * cost.on_chip_bytes / (gpu.l2_tbps * BYTES_SHARE * fed) / 1e6,
         spill_factor=2 ** (resources.spill_bytes / SPILL_BYTES_PER_DOUBLING),
@@ -175,6 +177,14 @@ def _tail_factor(share: float, resident: int) -> float:
         return math.ceil(share) / share
     waves = share / resident
     return 1.0 + LAST_WAVE_SHARE * (math.ceil(waves) / waves - 1.0)
+
+
+def _tile_share(cost: Cost, num_warps: int) -> float:
+    """Share of its rate that a tile of scores reaches: narrow parts pay for their start, sums and exponents."""
+    if not cost.tile_columns:
+        return 1.0
+    columns = cost.tile_columns / max(1.0, WARP_ROWS * num_warps / cost.tile_rows)
+    return columns / (columns + COLUMNS_OVERHEAD)
 
 
 def _arithmetic_us(cost: Cost, gpu: GpuModel, dtype: str) -> float:
