@@ -24,7 +24,7 @@ BYTES_SHARE = 0.85  # of the bandwidths likewise
 HALF_RATE_WARPS = 4  # warps on a multiprocessor that reach half of the peak
 HBM_IN_FLIGHT_BYTES = 32 * 1024  # on each multiprocessor, for full bandwidth at the latency of device memory
 LAUNCH_US = 3.0  # from one kernel to the next
-WAVE_US = 1.0  # a wave of programs, however small: their start, and one load that waits for another
+WAVE_US = 1.0  # a wave of programs after the first, however small: their start and the latency of their loads
 SPILL_BYTES_PER_DOUBLING = 2048  # stack bytes a thread that are guessed to double the time
 L1_MISS_SHARE = 0.6  # of on-chip bytes: neighbouring programs read the same tiles
 LOADS_IN_FLIGHT_BYTES = 64  # a thread that loads without staging
@@ -103,9 +103,9 @@ class Terms:
 
     @property
     def time_us(self) -> float:
-        """The three, which overlap but in part, made longer by spills and tail, plus the starts of programs."""
+        """The three, which overlap but in part, made longer by spills and tail, plus the starts of waves."""
         busy_us = math.hypot(self.arithmetic_us, self.memory_us, self.l2_us)
-        return busy_us * self.spill_factor * self.tail_factor + WAVE_US * max(1.0, self.waves) + LAUNCH_US
+        return busy_us * self.spill_factor * self.tail_factor + WAVE_US * max(0.0, self.waves - 1.0) + LAUNCH_US
 
 
 def gpu_model(target: str, gpu: str = "") -> GpuModel:

@@ -24,7 +24,7 @@ MAX_ASKS = 8  # proposals of the sampler that may turn out known or illegal befo
 POLISH_BASES = 3  # the best configs whose neighbourhoods are searched
 START = 8  # configs known or under way before the surrogate is asked
 TPE_EVERY = 8  # proposals, of which one is TPE's
-POOL, POOL_GROWTH = 256, 16  # random configs that the surrogate looks at, and how many join them at each proposal
+POOL, POOL_GROWTH = 256, 16  # random configs that the surrogate looks at, and how many join them each time
 
 
 @contextmanager

@@ -160,7 +160,7 @@ def _most_telling(known: Sequence[tuple[Config, float | None]]) -> Sequence[tupl
     """Of many trials the fastest and the newest, half each."""
     if len(known) <= MOST_KNOWN:
         return known
-    order = sorted(range(len(known)), key=lambda at: (math.inf if known[at][1] is None else known[at][1]))
-    fastest = set(order[: MOST_KNOWN // 2])
+    times = [math.inf if time_us is None else time_us for _, time_us in known]
+    fastest = set(sorted(range(len(known)), key=times.__getitem__)[: MOST_KNOWN // 2])
     newest = [at for at in range(len(known)) if at not in fastest][-(MOST_KNOWN // 2) :]
     return [known[at] for at in sorted([*fastest, *newest])]

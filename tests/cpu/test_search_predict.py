@@ -36,6 +36,7 @@ from nsa_autotune.search.ranking import Prediction
 from nsa_autotune.search.roofline import (
     GPU_MODELS,
     LAUNCH_US,
+    WAVE_US,
     gpu_model,
     model_terms,
     occupancy,
@@ -151,7 +152,48 @@ def test_the_last_wave_costs_half_of_what_it_idles(programs: int, factor: float,
     assert (terms.tail_factor, terms.waves) == pytest.approx((factor, waves))
     assert terms.occupancy == 1.0
     assert terms.arithmetic_us == pytest.approx(1e12 / (989e6 * 0.7 * 64 / 68))
-    assert terms.time_us == pytest.approx(terms.arithmetic_us * factor + LAUNCH_US)
+    later = max(0.0, waves - 1)  # each of which takes its start
+    assert terms.time_us == pytest.approx(terms.arithmetic_us * factor + WAVE_US * later + LAUNCH_US)
+
+
+def test_many_tiny_programs_are_slower_than_few_that_do_the_same() -> None:
+    cost = Cost(1.0, 3.35e6)
+    few, many = (predict_us(cost, replace(FULL, num_programs=132 * 8 * waves), H100) for waves in (4, 64))
+    assert many - few == pytest.approx(60 * WAVE_US)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "warps", "part"),
+    [
+        (64, 64, 4, 64),  # every warp has 16 rows of its own
+        (64, 64, 8, 32),  # two warps share 16 rows, half of the columns each
+        (128, 64, 8, 64),
+        (16, 64, 4, 16),
+        (128, 64, 2, 64),  # more rows a warp are no better
+    ],
+)
+def test_a_tile_of_narrow_parts_is_multiplied_slowly(rows: int, columns: int, warps: int, part: int) -> None:
+    resources = replace(FULL, num_warps=warps)
+    plain = model_terms(Cost(1e12, 1.0), resources, H100)
+    tiled = model_terms(Cost(1e12, 1.0, tile_rows=rows, tile_columns=columns), resources, H100)
+    assert tiled.arithmetic_us == pytest.approx(plain.arithmetic_us * (part + 8) / part)
+    assert tiled.l2_us == plain.l2_us and tiled.memory_us == plain.memory_us
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "tile"),
+    [
+        ("win_attn_fwd", {"BLOCK_T": 4, "BLOCK_N": 32}, (64, 32)),  # 16 heads a group
+        ("slc_attn_fwd", {"swap": True, "BLOCK_N": 64}, (64, 16)),
+        ("cmp_attn_bwd_dq", {"BLOCK_T": 4, "BLOCK_N": 32}, (64, 32)),
+        ("win_attn_bwd_dkv", {"BLOCK_T": 2, "BLOCK_N": 64}, (64, 32)),
+        ("cmp_pool_fwd", {}, (0, 0)),
+    ],
+)
+def test_attention_tells_the_tile_of_its_scores(family: str, changes: Config, tile: tuple[int, int]) -> None:
+    spec, problem = get_spec(family), Problem()
+    found = spec.cost(problem, {**spec.default_config(problem), **changes})
+    assert (found.tile_rows, found.tile_columns) == tile
 
 
 def test_a_small_launch_leaves_multiprocessors_idle_and_warps_lonely() -> None:
