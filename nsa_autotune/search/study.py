@@ -24,7 +24,7 @@ MAX_ASKS = 8  # proposals of the sampler that may turn out known or illegal befo
 POLISH_BASES = 3  # the best configs whose neighbourhoods are searched
 START = 8  # configs known or under way before the surrogate is asked
 TPE_EVERY = 8  # proposals, of which one is TPE's
-POOL, POOL_GROWTH = 256, 16  # random configs that the surrogate looks at, and how many join them each time
+POOL, POOL_GROWTH = 400, 16  # random configs that the surrogate looks at, and how many are new each time
 
 
 @contextmanager
@@ -148,13 +148,13 @@ class ConfigSearch:
         return self._choose(candidates) if candidates else None
 
     def _fill_pool(self) -> None:
-        """Drop what was tried, add what was not; a space that is a list is looked at whole."""
-        self._pool = {key: config for key, config in self._pool.items() if key not in self._seen}
-        wanted = len(self._pool) + POOL_GROWTH if self._pool else POOL
+        """Drop what was tried and the oldest, add what was not; a space that is a list is looked at whole."""
         if self.space.spec.only is not None:
             self._pool = {config_key(config): config for config in self.space.configs()}
             return
-        while len(self._pool) < wanted:
+        left = [(key, config) for key, config in self._pool.items() if key not in self._seen]
+        self._pool = dict(left[-(POOL - POOL_GROWTH) :])
+        while len(self._pool) < POOL:
             config = self.space.sample(self._rng, self._seen | self._pool.keys())
             if config is None:
                 return

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ..spec import Config, KernelSpec, Param
+from ..spec import Config, KernelSpec, Param, Value
 from .space import is_ordered
 
 Array = NDArray[np.float64]
@@ -44,14 +44,14 @@ def first_scales(spec: KernelSpec) -> Scales:
 
 def encode(spec: KernelSpec, configs: Sequence[Config]) -> list[Array]:
     """For each parameter the configs as points: a number by its place among the values, a switch one-hot."""
-    return [np.array([_point(param, config) for config in configs], dtype=float) for param in spec.params]
+    tables = [(param.name, _points(param)) for param in spec.params]
+    return [np.array([table[config[name]] for config in configs], dtype=float) for name, table in tables]
 
 
-def _point(param: Param, config: Config) -> list[float]:
-    value = config[param.name]
+def _points(param: Param) -> dict[Value, list[float]]:
     if is_ordered(param):
-        return [float(param.widest.index(value))]
-    return [0.5 * (value == other) for other in param.values]  # two that differ are one step apart
+        return {value: [float(at)] for at, value in enumerate(param.widest)}
+    return {value: [0.5 * (value == other) for other in param.values] for value in param.values}  # one step apart
 
 
 def distances(a: Sequence[Array], b: Sequence[Array]) -> Array:

@@ -354,5 +354,5 @@ def test_the_invented_space_is_no_roofline() -> None:
     truth = invented_time(SPEC, PROBLEM)
     configs = some_configs(SPEC, PROBLEM, COUNT)
     assert len({truth(config) for config in configs}) == COUNT
-    assert judge_model(RECORDS).loss_of_first > 0.2, "what the model takes for the fastest"
+    assert judge_model(RECORDS).loss_of_first > 0.15, "what the model takes for the fastest"
     assert {record.template_digest for record in RECORDS} == {TEMPLATE} and RECORDS[0].fingerprint == H100
