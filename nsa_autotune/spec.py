@@ -69,9 +69,8 @@ class Problem:
         for name in ("batch", "seq_q", "seq_k", "num_q_heads", "num_kv_heads", "d_qk", "d_v", "phi_hidden"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidProblem(
-                    f"{name} must be a positive int", {name: value}, "Give a whole number of at least 1."
-                )
+                remedy = "Give a whole number of at least 1."
+                raise InvalidProblem(f"{name} must be a positive int", {name: value}, remedy)
         if self.dtype not in DTYPES:
             raise InvalidProblem(f"dtype must be one of {', '.join(DTYPES)}", {"dtype": self.dtype})
         if self.layout not in LAYOUTS:
@@ -89,11 +88,8 @@ class Problem:
                 "Every kv head serves equally many query heads, such as 64 and 4.",
             )
         if self.layout != "packed" and self.seq_q > self.seq_k:
-            raise InvalidProblem(
-                "queries are aligned with the last keys, so seq_q <= seq_k must hold",
-                {"seq_q": self.seq_q, "seq_k": self.seq_k},
-                "Pass all the keys.",
-            )
+            rule = "queries are aligned with the last keys, so seq_q <= seq_k must hold"
+            raise InvalidProblem(rule, {"seq_q": self.seq_q, "seq_k": self.seq_k}, "Pass all the keys.")
         if not 0.0 <= self.locality < 1.0:
             raise InvalidProblem("locality must be in [0, 1)", {"locality": self.locality}, "0 is random, 0.8 usual.")
 
@@ -199,7 +195,7 @@ class Cost:
     bytes_moved: float
     on_chip_bytes: float = 0.0  # bytes that must cross from L2 into the multiprocessors
     mma_flops: float = 0.0  # matrix-unit operations including padding; 0 means `flops`
-    tile_rows: int = 0  # of the scores that a program holds at once; 0 where there are none or nobody says
+    tile_rows: int = 0  # of the scores that a program holds at once, and columns; 0 where there are none
     tile_columns: int = 0
 
 

@@ -16,6 +16,7 @@ import triton.language as tl
 def _or(a, b):
     return a | b
 
+
 @triton.jit(do_not_specialize=["num_rows"])
 def slc_union_kernel(
     blocks_ptr,

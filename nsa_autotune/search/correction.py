@@ -95,9 +95,8 @@ def fit(spec: KernelSpec, records: Iterable[TrialRecord]) -> Correction:
     losses = _held_out_losses(groups, keys)
     best = int(np.argmin(losses))
     told = f"on problems left out it loses {math.expm1(losses[best]):.1%}, the plain model {math.expm1(plain):.1%}"
-    if losses[best] > plain - LEAST_GAIN / math.sqrt(
-        len(keys)
-    ):  # the best of several penalties looks better than it is
+    by_chance = LEAST_GAIN / math.sqrt(len(keys))  # the best of several penalties looks better than it is
+    if losses[best] > plain - by_chance:
         return Correction(spec, f"the plain model: corrected by {len(keys)} problems, {told}")
     weights = _solve(groups)[best]
     rows = np.concatenate([group.rows for group in groups])

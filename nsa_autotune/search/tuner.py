@@ -36,6 +36,7 @@ from .task import Task, known_trials, known_winner, seed_configs
 EXHAUSTIVE_LIMIT = 256  # legal configs up to which a budget in minutes alone tries them all
 EXPLORE_SHARE = 0.6  # of the budget before the neighbourhoods of the best are searched
 AHEAD_SHARE = 0.125  # of the trials that may be under way: what is proposed together learns nothing of each other
+WAITING_SHARE = 0.25  # of the time that the GPU may wait for compilers, before twice as many may be under way
 SEED_SHARE = 0.25  # of the trials that may go to seeds
 FINALISTS = 8  # raced against each other and the default
 MAX_RACES = 3  # fields of finalists of which none survives
@@ -183,14 +184,18 @@ class _Tuning:
         count = self.preparer.ahead - self.under_way
         limit = self.meter.budget.max_trials
         if limit is not None:
-            ahead = max(1, min(self.preparer.ahead, int(limit * AHEAD_SHARE)))
-            count = min(ahead, limit - self.meter.trials) - self.under_way
+            count = min(self._most_under_way(limit), limit - self.meter.trials) - self.under_way
         if self.meter.exhausted and (self.search.ranked() or self.under_way or self.num_done):
             count = 0  # at least one batch is tried, however short the time
         polish = self.meter.spent >= EXPLORE_SHARE
         proposals = [self.search.propose(polish=polish) for _ in range(count)]
         self._submit([config for config in proposals if config is not None])
         return self.under_way > 0
+
+    def _most_under_way(self, max_trials: int) -> int:
+        """Few, so that a proposal knows of the ones before it; more where the GPU waits for them to compile."""
+        waits = self.waited_s > WAITING_SHARE * (time.perf_counter() - self.started_s)
+        return max(1, min(self.preparer.ahead, int(max_trials * AHEAD_SHARE) * (2 if waits else 1)))
 
     def _take(self) -> list[Prepared]:
         started_s = time.perf_counter()

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -480,6 +481,23 @@ def test_a_budget_that_compiling_used_up_still_measures_one_config(store: Tuning
     winner = tune(store, measurer, budget=Budget(max_minutes=1.0), clock=clock, preparer=SlowCompiler())
     assert winner is not None
     assert len(measurer.measured) == 1
+
+
+@pytest.mark.parametrize(("compile_s", "most"), [(0.0, 5), (0.02, 10)], ids=["compilers_keep_up", "the_gpu_waits"])
+def test_more_is_under_way_where_the_gpu_waits(store: TuningStore, compile_s: float, most: int) -> None:
+    """An eighth of 40 trials, or a quarter."""
+    waiting: list[int] = []
+
+    class Compilers(Unprepared):
+        ahead = 30
+
+        def take(self) -> list[Prepared]:
+            waiting.append(len(self._queue))
+            time.sleep(compile_s)
+            return super().take()
+
+    tune(store, FakeMeasurer(lambda config: 1.0 + config["num_warps"]), budget=trials(40), preparer=Compilers())
+    assert max(waiting) == most and len(waiting) == 40
 
 
 WIDE = replace(

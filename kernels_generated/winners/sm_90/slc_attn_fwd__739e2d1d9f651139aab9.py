@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 def _or(a, b):
     return a | b
 
+
 @triton.jit(do_not_specialize=["num_rows"])
 def slc_union_kernel(
     blocks_ptr,
