@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +15,13 @@ from .errors import InvalidInput
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A stream whose content takes the place of the file at the end; if anything is raised, the old file stays."""
+    """A stream whose content takes the place of the file at the end; if anything is raised, the old file stays.
+
+    A link stays one, and what it leads to is written; a device or pipe is no file to replace: OSError.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -78,6 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NSAError as error:
         errors().print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return EXIT_MISTAKE
+    except OSError as error:  # of the output, for instance: files that a user names have sentences of their own
+        place = f" ({error.filename})" if error.filename else ""
+        errors().print(f"error: the system refused: {error.strerror or error}{place}", style="red", markup=False)
+        return EXIT_MISTAKE
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0

@@ -159,6 +159,8 @@ def check_target(path: Path, style: str, force: bool) -> None:
         raise InvalidInput("the folder of the file is missing", {"folder": str(path.parent)}, "Make it first.")
     if path.is_dir():
         raise InvalidInput("an export is a file", {"path": str(path)}, "Name a file in this folder.")
+    if path.exists() and not path.is_file():
+        raise InvalidInput("an export is a regular file", {"path": str(path)}, "Name one, or - for standard output.")
     if path.exists() and not force:
         remedy = "Add --force to overwrite it, or name another file."
         raise InvalidInput("the file is there already", {"path": str(path)}, remedy)

@@ -20,6 +20,7 @@ Row = dict[str, Any]
 MAX_CELL_CHARS = 60  # of a reason or config in a table
 OBJECTS = ("config", "nsa", "resources")  # columns whose cells are JSON
 SAID_ONCE = ("gpu", "base", "other")  # above a table, where all rows have the same
+MOST_ROWS = 2**31  # that may be asked for
 DEFAULT_LIMIT = 50  # rows of a table; other formats give all
 
 
@@ -34,7 +35,9 @@ class RowFormat(StrEnum):
 
 FormatOption = Annotated[RowFormat, typer.Option("--format", help="parquet needs --out.")]
 OutOption = Annotated[Path | None, typer.Option("--out", help="A file for JSON, CSV or Parquet; printed without.")]
-LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help=f"Rows; {DEFAULT_LIMIT} for a table.")]
+LimitOption = Annotated[
+    int | None, typer.Option("--limit", min=1, max=MOST_ROWS, help=f"Rows; {DEFAULT_LIMIT} for a table.")
+]
 
 
 def check_output(style: RowFormat, out: Path | None) -> None:

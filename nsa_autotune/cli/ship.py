@@ -39,11 +39,12 @@ def ship(
     from ..db import TuningStore
     from ..search.presets import tuning_problems
     from ..ship.package import Order, make_package
+    from .db import problem_filter
 
     chosen = options.split(families, "--families")
     order = Order(
         gpu=gpu,
-        wanted=_filter(preset, seq, options.assignments(problem, "--problem")),
+        wanted=_filter(preset, seq, problem_filter(options.assignments(problem, "--problem"))),
         problems_of=tuning_problems,
         families=tuple(spec.family for spec in options.choose_specs(chosen)) if chosen else (),
         name=name,

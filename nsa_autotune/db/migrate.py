@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import sqlite3
 from contextlib import closing
+from itertools import count
 from pathlib import Path
 
 from alembic import command
@@ -59,10 +61,9 @@ def ensure_schema(engine: Engine, location: Location, *, read_only: bool) -> Non
 
 
 def back_up(path: Path, revision: str) -> Path:
-    """Copy a SQLite database as it is committed now to `<name>.<revision>.bak` beside it; an older copy stays."""
-    copy = path.with_name(f"{path.name}.{revision}.bak")
-    if copy.exists():
-        return copy
+    """Copy a SQLite database as it is committed now to `<name>.<revision>.bak` beside it; .bak2 if that is taken."""
+    names = (f"{path.name}.{revision}.bak{number if number > 1 else ''}" for number in count(1))
+    copy = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
     partial = path.with_name(f"{copy.name}.partial")
     with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(partial)) as target:
         source.backup(target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sqlite3
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ WRITING = re.compile(
     r"\s*(insert|update|delete|merge|drop|create|alter|truncate|set|begin|commit|copy)\b", re.IGNORECASE
 )
 ONE_STATEMENT = ("one statement", "multiple commands")
+LOOK_STEPS = 100_000  # of SQLite's machine, after which Python may carry a signal out
 READ_REMEDY = "Write one SELECT, such as SELECT status, count(*) FROM nsa_trials GROUP BY status."
 
 
@@ -59,6 +61,8 @@ def _run(cursor: Any, failures: tuple[type[Exception], ...], statement: str, lim
         cursor.execute(statement)
         found = cursor.fetchmany(limit + 1)
     except failures as error:
+        if str(error) == "interrupted":  # nobody else stops a statement
+            raise KeyboardInterrupt from error
         raise _explain(error, statement) from error
     columns = tuple(str(column[0]) for column in cursor.description or ())
     if not columns:
@@ -91,13 +95,22 @@ def _only_reading(connection: sqlite3.Connection) -> Iterator[None]:
 
     connection.execute("PRAGMA query_only=ON")
     connection.set_authorizer(authorize)
+    connection.set_progress_handler(_look_up, LOOK_STEPS)
     try:
         yield
     finally:
+        connection.set_progress_handler(None, 0)
         connection.set_authorizer(None)
         connection.execute("PRAGMA query_only=OFF")
 
 
+def _look_up() -> int:
+    """Goes on; a signal's handler runs when this is called, and what it raises ends the statement."""
+    return 0
+
+
 def _plain(value: object) -> Any:
     """A value as tables and JSON can show it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     return value.hex() if isinstance(value, bytes) else value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,14 @@ from .text import shape_text
 SCHEMA = 1
 WHOLE = "(whole attention)"  # stands among the families
 MAX_BYTES = 64 * 1024 * 1024
-REMEDY = "Name a file that `nsa-autotune bench`, benchmarks/forward.py or benchmarks/training.py has written."
+REMEDY = "Name a file that `nsa-autotune bench`, benchmarks/forward.py, training.py or decode.py has written."
 
 
 def read_speedups(path: Path) -> tuple[Speedup, ...]:
     """The lines of a benchmark that were compared with a dense library; InvalidInput names what is wrong."""
     data = _load(path)
     try:
-        found = [speedup for row in data["rows"] for speedup in _speedups(row, data, path.name)]
+        found = [speedup for row in _rows(data) for speedup in _speedups(row, data, path.name)]
     except (KeyError, TypeError, ValueError, AttributeError, NSAError) as error:
         values = {"path": str(path), "message": f"{type(error).__name__}: {error}"}
         raise InvalidInput("the file is not a benchmark's", values, REMEDY) from error
@@ -46,13 +47,24 @@ def _load(path: Path) -> dict[str, Any]:
     return data
 
 
+def _rows(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The rows; of a line of decode.py one for each way of launching."""
+    if "lines" not in data:
+        yield from data["rows"]
+        return
+    for line in data["lines"]:
+        for how, policy in (("graph", "graph-cold"), ("eager", "eager-cold")):
+            timed = {"median_us": line[how]["median_us"], "speedup_over": line["speedup_over"].get(how, {})}
+            yield {"work": line["work"], "problem": line["problem"], "policy": policy, **timed}
+
+
 def _speedups(row: dict[str, Any], data: dict[str, Any], origin: str) -> list[Speedup]:
     """One for each library that the row was compared with."""
     compared = {str(name): ratio for name, ratio in row.get("speedup_over", {}).items() if ratio is not None}
     if not compared or row["median_us"] is None:
         return []
     problem, ours_us = Problem.from_dict(row["problem"]), _positive(row["median_us"])
-    policy = str(data.get("policy", DEFAULT_POLICY))
+    policy = str(row.get("policy", data.get("policy", DEFAULT_POLICY)))
     keys = Keys(str(data["fingerprint"]["gpu"]), WHOLE, problem.dtype, policy, problem.seq_k)
     locality = row.get("locality")
     work = str(row["work"]) if locality is None else f"{row['work']}, locality {float(locality):g}"

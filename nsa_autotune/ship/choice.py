@@ -61,6 +61,8 @@ def choose_winners(winners: Sequence[WinnerRecord], gpu: str, wanted: Wanted) ->
     if not newest:
         values = {"gpu": gpu, "wanted winners": len(mine), "of them stale": len(mine) - len(current)}
         remedy = "Look at them with `nsa-autotune db query`; stale ones need `nsa-autotune recertify`."
+        if not mine:
+            remedy = f"Look at what there is with `nsa-autotune db best --gpu '{gpu}'`, and ask for that."
         raise InvalidInput("a package needs a winner of the present templates", values, remedy)
     order = list(specs)
     ranked = sorted(newest.items(), key=lambda item: (order.index(item[0][0]), item[0]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -233,6 +234,19 @@ def test_an_export_overwrites_nothing_by_itself(run: Run, here: str, tmp_path: P
     code, _, err = run("db", "export", str(tmp_path / "no" / "a.jsonl"), "--db", here)
     assert code == 2 and "the folder of the file is missing" in err and ".a.jsonl." not in err
     assert run("db", "export", "-", "--format", "t4", "--db", here)[0] == 2
+
+
+def test_an_export_replaces_files_only(run: Run, here: str, tmp_path: Path) -> None:
+    target, link, pipe = tmp_path / "a.jsonl", tmp_path / "link.jsonl", tmp_path / "pipe"
+    target.write_text("old")
+    link.symlink_to(target)
+    os.mkfifo(pipe)
+    code, _, err = run("db", "export", str(pipe), "--force", "--db", here)
+    assert code == 2 and "regular file" in err and pipe.is_fifo()
+    assert run("db", "export", str(link), "--force", "--db", here)[0] == 0
+    assert link.is_symlink() and "winner" in target.read_text()
+    code, _, err = run("db", "best", "--format", "csv", "--out", str(pipe), "--db", here)
+    assert code == 2 and "no regular file" in err and pipe.is_fifo()
 
 
 def test_many_files_of_t4_overwrite_nothing_either(run: Run, here: str, tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ def url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'tuning.sqlite'}"
 
 
+@pytest.mark.usefixtures("nothing_shipped")
 def test_a_run_stores_winners_and_prints_them(
     on_a_gpu: type[FakeWorker], url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,6 +98,7 @@ def test_a_run_stores_winners_and_prints_them(
         assert len(store.trials(stage="search")) == len(trials), "a tuned problem is not tuned again"
 
 
+@pytest.mark.usefixtures("nothing_shipped")
 def test_ctrl_c_keeps_what_was_measured_and_says_how_to_go_on(
     on_a_gpu: type[FakeWorker], url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -441,7 +441,7 @@ def test_compiling_for_an_absent_gpu_tells_the_resources(compiled: dict[str, Any
     resources = compiled[target]
     assert 8 <= resources["registers"] <= 255
     assert resources["spill_bytes"] == 0
-    assert resources["num_warps"] == 4
+    assert resources["num_warps"] == (2 if target == "union" else 4)
     assert resources["compile_ms"] > 0
     if target == "union":  # two kernels: the largest demand of both
         assert 16_384 <= resources["shared_bytes"] <= 232_448

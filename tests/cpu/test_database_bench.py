@@ -30,6 +30,7 @@ def test_a_mark_is_met_by_the_median_after_the_first(bench: Any) -> None:
     assert bench.row_of(fresh)[2:] == ("110.0", "86.0..122.0", "2.0", "90.0", "100 (missed)")
 
 
+@pytest.mark.usefixtures("nothing_shipped")
 def test_it_runs_and_every_question_finds_something(
     bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

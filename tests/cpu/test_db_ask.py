@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sqlite3
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -355,9 +358,19 @@ def test_sql_refuses_what_is_no_question(tmp_path: Path, memory: bool, statement
         assert len(store.trials()) == 2
 
 
+def test_a_long_statement_ends_with_ctrl_c(tmp_path: Path) -> None:
+    endless = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT count(*) FROM c"
+    with TuningStore(f"sqlite:///{tmp_path}/t.sqlite", import_shipped=False) as store, TuningDatabase(store) as asked:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            asked.sql(endless)
+        assert asked.sql("SELECT 1e999 AS far, 2 AS near").rows == [{"far": "inf", "near": 2}]
+
+
 # the facade
 
 
+@pytest.mark.usefixtures("nothing_shipped")
 def test_the_package_offers_it_and_it_closes_what_it_opened(tmp_path: Path) -> None:
     assert nsa_autotune.TuningDatabase is TuningDatabase
     TuningStore(f"sqlite:///{tmp_path}/t.sqlite").close()

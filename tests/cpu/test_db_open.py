@@ -626,3 +626,15 @@ def test_lookup_serves_shipped_winners_where_nothing_can_be_written(
     assert "Only the shipped winners are served" in caplog.text
     with pytest.raises(StoreError):  # a database that was asked for is never replaced
         open_for_lookup(url_of(tmp_path / "file" / "tuning.sqlite"))
+
+
+def test_a_copy_of_before_never_stands_for_another_one(tmp_path: Path) -> None:
+    """What lies where the copy would go is another file's, or not one at all."""
+    path = tmp_path / "old.sqlite"
+    restore(path, "0003")
+    (tmp_path / "old.sqlite.0003.bak").write_text("precious")
+    (tmp_path / "old.sqlite.0003.bak2").mkdir()
+    TuningStore(f"sqlite:///{path}").close()
+    assert (tmp_path / "old.sqlite.0003.bak").read_text() == "precious"
+    with closing(sqlite3.connect(tmp_path / "old.sqlite.0003.bak3")) as kept:
+        assert kept.execute("SELECT version_num FROM nsa_alembic_version").fetchall() == [("0003",)]

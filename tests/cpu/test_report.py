@@ -28,6 +28,7 @@ from nsa_autotune.spec import Problem
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 FORWARD = RESULTS / "2026-11-24-h100-80gb-hbm3-forward.json"
+DECODE = RESULTS / "2026-11-29-h200-decode.json"
 LARGEST_BYTES = 2_000_000  # of the page of the shipped database
 
 
@@ -114,6 +115,17 @@ def test_speed_ups_are_ratios_of_the_medians_in_the_file() -> None:
         d_qk = 192 if "192" in item.shape else 128
         assert item.library_us == pytest.approx(dense[item.library, item.keys.seq, d_qk])
         assert item.ratio == pytest.approx(item.library_us / item.ours_us)
+
+
+def test_decode_steps_are_compared_in_a_graph_and_eager() -> None:
+    lines = json.loads(DECODE.read_text())["lines"]
+    steps = {(line["problem"]["batch"], line["problem"]["seq_k"]): line for line in lines if line["work"] == "step"}
+    found = [item for item in read_speedups(DECODE) if item.work == "step" and item.library == "cudnn_sdpa"]
+    assert len(found) == 2 * len(steps) == 12
+    for (_, line), pair in zip(steps.items(), zip(found[::2], found[1::2], strict=True), strict=True):
+        for item, how, policy in zip(pair, ("graph", "eager"), ("graph-cold", "eager-cold"), strict=True):
+            assert (item.keys.policy, item.ours_us) == (policy, line[how]["median_us"])
+            assert item.ratio == pytest.approx(line["speedup_over"][how]["cudnn_sdpa"])
 
 
 @pytest.mark.parametrize(

@@ -312,6 +312,7 @@ def test_the_runtime_imports_nothing_that_stays_behind(project: Path) -> None:
     ("options", "seqs"),
     [
         (["--seq", "4k"], {4096}),
+        (["--problem", "seq_k=4k"], {4096}),
         (["--problem", "d_qk=16", "--problem", "window_size=32"], {64, 4096}),
         (["--families", "win_attn_fwd", "--seq", "64"], {64}),
     ],
@@ -349,6 +350,7 @@ def test_families_without_a_winner_are_named(url: str, tmp_path: Path, capsys: p
         (["--gpu", "H100", "--aot", "cuda:91"], "no such compilation target"),
         (["--gpu", "H100", "--seq", "1k"], "a package needs a winner of the present templates"),
         (["--gpu", "H100", "--preset", "tiny"], "a package needs a winner of the present templates"),
+        (["--gpu", "H100", "--problem", "seq_k=banana"], "Look at what there is with `nsa-autotune db best"),
         (["--gpu", "H100", "--problem", "d_qk=32"], "of them stale=1"),
         (["--gpu", "H100", "--problem", "heads=4"], "a problem has no such field"),
         (["--gpu", "H100", "--families", "win_fwd"], "no such kernel family"),
