@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -85,9 +83,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0
-
-
-def run() -> None:
-    """The entry point of the installed script; SIGTERM ends it as Ctrl-C does, with everything stored."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main())

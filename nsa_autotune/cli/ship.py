@@ -66,6 +66,11 @@ def ship(
     if made.untuned:
         text = f"no winner of {made.gpu} for {', '.join(made.untuned)}: the default config is shipped"
         messages.print(text, markup=False, soft_wrap=True)
+    if made.foreign:
+        text = (
+            f"{made.gpu} cannot load the binaries for {', '.join(made.foreign)}; other GPUs may, where they are allowed"
+        )
+        messages.print(text, markup=False, soft_wrap=True)
     binaries = f", {count_text(made.binaries, 'compiled binary', 'compiled binaries')}" if order.targets else ""
     counts = f"{count_text(made.winners, 'winner')} of {made.gpu}, {count_text(made.kernels, 'kernel')}{binaries}"
     output().print(f"{made.name}: {counts}; pip install {out}", markup=False, soft_wrap=True)

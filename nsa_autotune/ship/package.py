@@ -43,6 +43,7 @@ class Made:
     kernels: int
     binaries: int
     untuned: tuple[str, ...] = ()  # families of which the default config only is shipped
+    foreign: tuple[str, ...] = ()  # targets whose binaries the GPU cannot load
 
 
 def make_package(store: TuningStore, order: Order, out: Path, report: Report) -> Made:
@@ -63,7 +64,9 @@ def make_package(store: TuningStore, order: Order, out: Path, report: Report) ->
     compiled = max(0, (len(binaries) - 1) // 2)  # two files each, and an index
     tuned = {winner.family for winner in chosen.winners}
     untuned = tuple(dict.fromkeys(each.spec.family for each in kernels if each.spec.family not in tuned))
-    return Made(name, gpu, len(chosen.winners), chosen.stale, len(kernels), compiled, untuned)
+    own = f"cuda:{chosen.winners[0].fingerprint['capability'].replace('.', '')}"
+    foreign = tuple(target for target in order.targets if target != own)
+    return Made(name, gpu, len(chosen.winners), chosen.stale, len(kernels), compiled, untuned, foreign)
 
 
 def trials_of(store: TuningStore, winner: WinnerRecord) -> Sequence[TrialRecord]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -368,3 +371,12 @@ def test_a_wrong_value_gets_a_plain_sentence(run: Run, database: str) -> None:
     code, _, err = run("db", "query", "--status", "nope", "--db", database)
     assert code == 2 and "Did you mean" not in err and "compile" in err
     assert "Did you mean 'compile'" in run("db", "query", "--status", "compiled", "--db", database)[2]
+
+
+def test_ctrl_c_while_modules_load_is_an_interruption(tmp_path: Path) -> None:
+    """Where Typer ought to come from stands what a signal's handler raises."""
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "nsa_autotune", "doctor"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "")

@@ -237,9 +237,10 @@ def test_binaries_start_without_the_compiler(tmp_path: Path) -> None:
     with TuningStore(url, import_shipped=False) as store:
         store.set_winner(winner)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    options = ["--gpu", "H100", "--db", url, "--aot", "cuda:90", "--families", "win_attn_fwd"]
+    options = ["--gpu", "H100", "--db", url, "--aot", "cuda:90,cuda:80", "--families", "win_attn_fwd"]
     command = [sys.executable, "-m", "nsa_autotune", "ship", *options, "--out", str(tmp_path / "project")]
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert "cannot load the binaries for cuda:80" in done.stderr and "for cuda:90\n" not in done.stderr
     check_nothing_of_this_machine(tmp_path / "project")
     installed = install(tmp_path / "project", tmp_path / "installed")
     found = in_child(installed, "binaries", tmp_path, interpret=False)
