@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import shlex
 import shutil
 import subprocess
@@ -25,10 +26,9 @@ from nsa_autotune.cli.bench import say
 from nsa_autotune.cli.bench_entries import Work, branch_entries
 from nsa_autotune.cli.bench_run import check_device, open_bench
 from nsa_autotune.cli.console import errors
-from nsa_autotune.cli.options import ProblemChoice, split
+from nsa_autotune.cli.options import ProblemChoice, choose_specs, split
 from nsa_autotune.dispatch.fingerprint import current
 from nsa_autotune.errors import InvalidInput, NSAError
-from nsa_autotune.kernels import get_spec
 
 PRESET, LOCALITIES = "gqa16-d128", ("0", "0.8")
 FAMILIES = (
@@ -65,8 +65,7 @@ def main(arguments: Sequence[str]) -> int:
             launch_all(options)
             return 0
         where = check_device(options.device)
-        for family in split([options.families]):
-            get_spec(family)
+        choose_specs(split([options.families]))  # a slip of the keyboard is told before anything is done
         options.folder.mkdir(parents=True, exist_ok=True)  # fail before measuring, not after
         found = read_launches(profile(arguments))
         command = shlex.join(["python", "benchmarks/counters.py", *without_places(arguments)])
@@ -99,13 +98,13 @@ def launch_all(options: argparse.Namespace) -> None:
     with open_bench(where, db=options.db, untuned=options.untuned, rounds=5, say=say) as bench:
         for problem in problems:
             work = Work(problem.replace(locality=0.0), tuple(map(float, LOCALITIES)))
-            for family in split([options.families]):
-                for entry in branch_entries(get_spec(family), work, bench):
+            for spec in choose_specs(split([options.families])):
+                for entry in branch_entries(spec, work, bench):
                     call = entry.prepare()
                     call()  # compiles
                     torch.cuda.synchronize(where)
                     where_at = "" if entry.locality is None else f", locality {entry.locality:g}"
-                    print(f"{MARK}{family}, {problem.seq_k} tokens{where_at}", flush=True)
+                    print(f"{MARK}{spec.family}, {problem.seq_k} tokens{where_at}", flush=True)
                     torch.cuda.profiler.start()
                     torch.arange(2, device=where)
                     call()
@@ -148,7 +147,7 @@ def read_launches(text: str) -> list[Launch]:
 
 def read_launch(name: str, row: Mapping[str, str], units: Mapping[str, str]) -> Launch:
     """One line of the CSV."""
-    numbers = {key: float(value.replace(",", "")) for key, value in row.items() if key and is_number(value)}
+    numbers = {key: number for key, value in row.items() if (number := figure(value)) is not None}
     ms = numbers[TIME] * TO_NS[units[TIME]] / 1e6
     busy: dict[str, float] = {}
     for key, value in numbers.items():
@@ -163,9 +162,13 @@ def read_launch(name: str, row: Mapping[str, str], units: Mapping[str, str]) -> 
     return Launch(name, row["Kernel Name"], ms, busy, waits)
 
 
-def is_number(text: str | None) -> bool:
-    """True for a cell that holds a figure."""
-    return bool(text) and text.replace(",", "").replace(".", "", 1).removeprefix("-").isdigit()  # type: ignore[union-attr]
+def figure(text: str) -> float | None:
+    """What a cell says, None if it is no finite number."""
+    try:
+        number = float(text.replace(",", ""))
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def ranked(shares: Mapping[str, float], count: int = SHOWN) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ..codegen.target import target_of_capability
 from ..errors import StoreError
 from ..spec import KernelSpec, Problem
 from .console import errors, make_table, output, problem_text
@@ -91,7 +92,7 @@ def forecast(run: Run) -> int:
     with TuningStore(run.db, must_exist=True) as store:
         present = find_present(run)
         stale = find_stale(run, store, present)
-        compiler = find_compiler(run.target or target_of(present.here["capability"]), run.jobs)
+        compiler = find_compiler(run.target or target_of_capability(present.here["capability"]), run.jobs)
         with TuneDisplay(errors(), len(stale)) as display:
             for number, item in enumerate(stale, 1):
                 display.say(f"{number}/{len(stale)} compiling {_text(item.winner)}")
@@ -132,11 +133,6 @@ def find_stale(run: Run, store: TuningStore, present: Present) -> list[Stale]:
     return stale_winners(winners, present.here, present.specs, present.digests)
 
 
-def target_of(capability: str) -> str:
-    """The compilation target of a GPU: `cuda:90` of "9.0"."""
-    return f"cuda:{capability.replace('.', '')}"
-
-
 def find_compiler(target: str, jobs: int) -> CompileAll | None:
     """Compiles for the target in child processes; None where it is not known."""
     from ..codegen import pool
@@ -162,7 +158,7 @@ def measure(
     from ..search.recertify import recertify_winner
 
     capability = present.here["capability"]
-    compiler = find_compiler(target_of(capability), run.jobs)
+    compiler = find_compiler(target_of_capability(capability), run.jobs)
     if compiler is None:
         display.note(f"nothing can be compiled ahead for capability {capability}: every stale winner races")
     waiting = [winner.policy for winner in _unconfirmed(store, present)]

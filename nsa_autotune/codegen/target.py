@@ -44,6 +44,11 @@ class Target:
         return SHARED_LIMITS_BYTES[self.name]
 
 
+def target_of_capability(capability: str) -> str:
+    """The target of a CUDA GPU, which need not be a known one: `cuda:90` of "9.0"."""
+    return f"cuda:{capability.replace('.', '')}"
+
+
 def parse_target(name: str) -> Target:
     """`cuda:90` to a Target; raises UnknownName with the known ones."""
     if name not in SHARED_LIMITS_BYTES:

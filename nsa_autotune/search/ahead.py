@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from ..bench.result import TrialResult
 from ..codegen.pool import CompileJob, CompileOutcome, CompilePool
-from ..codegen.target import SHARED_LIMITS_BYTES
+from ..codegen.target import SHARED_LIMITS_BYTES, target_of_capability
 from ..kernels import all_specs
 from ..spec import Config, KernelSpec, Problem, canonical_json
 
@@ -119,6 +119,6 @@ def prepared(outcome: CompileOutcome) -> Prepared:
 
 def compile_ahead(capability: str, processes: int) -> AbstractContextManager[Preparer]:
     """For a GPU of this capability ("9.0"); compiles nothing where one core or an unknown target makes it pointless."""
-    target = f"cuda:{capability.replace('.', '')}"
+    target = target_of_capability(capability)
     useful = processes > 1 and target in SHARED_LIMITS_BYTES
     return CompileAhead(target, processes) if useful else nullcontext(Unprepared())

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..codegen.target import target_of_capability
 from ..db.records import TrialRecord
 from ..spec import Config, KernelSpec, Problem
 from .roofline import GPU_MODELS, GpuModel, Terms, gpu_model, model_terms, programs_per_sm
@@ -27,11 +28,9 @@ class Compiled:
 def target_of(fingerprint: Mapping[str, str]) -> str:
     """The compilation target of a fingerprint, of a GPU or of a prediction: such as `cuda:90`; it may be unknown."""
     name = fingerprint["gpu"]
-    return (
-        name.removeprefix("target ")
-        if name.startswith("target ")
-        else "cuda:" + fingerprint["capability"].replace(".", "")
-    )
+    if name.startswith("target "):
+        return name.removeprefix("target ")
+    return target_of_capability(fingerprint["capability"])
 
 
 def gpu_of(fingerprint: Mapping[str, str]) -> GpuModel | None:

@@ -154,11 +154,14 @@ class ConfigSearch:
             return
         left = [(key, config) for key, config in self._pool.items() if key not in self._seen]
         self._pool = dict(left[-(POOL - POOL_GROWTH) :])
+        taken = self._seen | self._pool.keys()
         while len(self._pool) < POOL:
-            config = self.space.sample(self._rng, self._seen | self._pool.keys())
+            config = self.space.sample(self._rng, taken)
             if config is None:
                 return
-            self._pool[config_key(config)] = config
+            key = config_key(config)
+            self._pool[key] = config
+            taken.add(key)
 
     def _unseen(self, configs: Iterable[Config]) -> list[Config]:
         found = {config_key(config): config for config in configs}

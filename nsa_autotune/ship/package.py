@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..codegen.target import parse_target
+from ..codegen.target import parse_target, target_of_capability
 from ..db import TrialRecord, TuningStore, WinnerRecord
 from ..errors import InvalidInput
 from ..kernels import all_specs
@@ -64,7 +64,7 @@ def make_package(store: TuningStore, order: Order, out: Path, report: Report) ->
     compiled = max(0, (len(binaries) - 1) // 2)  # two files each, and an index
     tuned = {winner.family for winner in chosen.winners}
     untuned = tuple(dict.fromkeys(each.spec.family for each in kernels if each.spec.family not in tuned))
-    own = f"cuda:{chosen.winners[0].fingerprint['capability'].replace('.', '')}"
+    own = target_of_capability(chosen.winners[0].fingerprint["capability"])
     foreign = tuple(target for target in order.targets if target != own)
     return Made(name, gpu, len(chosen.winners), chosen.stale, len(kernels), compiled, untuned, foreign)
 

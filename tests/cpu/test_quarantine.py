@@ -253,11 +253,7 @@ def test_a_run_after_a_dead_host_names_the_killer_and_tries_it_last(
     assert journal.read_bytes() == b""
 
 
-def trials_of_fake(store: TuningStore) -> list[TrialRecord]:
-    """Those of the fake GPU: trials of shipped winners are imported too."""
-    return [trial for trial in store.trials() if trial.fingerprint["gpu"] == FINGERPRINT["gpu"]]
-
-
+@pytest.mark.usefixtures("nothing_shipped")
 def test_a_lost_device_ends_the_run_with_everything_stored(
     fake_worker: type[FakeWorker], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -266,11 +262,12 @@ def test_a_lost_device_ends_the_run_with_everything_stored(
     captured = capsys.readouterr()
     assert "device is lost" in captured.err and "winners" in captured.out
     with TuningStore(f"sqlite:///{tmp_path / 'tuning.sqlite'}") as store:
-        winners, trials = store.winners(gpu=FINGERPRINT["gpu"]), trials_of_fake(store)
+        winners, trials = store.winners(gpu=FINGERPRINT["gpu"]), store.trials()
     assert [winner.problem["seq_k"] for winner in winners] == [1024]
     assert len(trials) == len(fake_worker.asked) == 8
 
 
+@pytest.mark.usefixtures("nothing_shipped")
 def test_a_full_database_ends_the_run_and_loses_nothing(
     fake_worker: type[FakeWorker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -292,12 +289,12 @@ def test_a_full_database_ends_the_run_and_loses_nothing(
     err = " ".join(capsys.readouterr().err.split())
     assert "the disk of the database is full" in err and "nothing was half-written" in err
     with TuningStore(f"sqlite:///{tmp_path / 'tuning.sqlite'}") as store:
-        kept = len(trials_of_fake(store))
+        kept = len(store.trials())
     assert 2 <= kept == len(fake_worker.asked) - 1
     monkeypatch.setattr(tune_measure, "measure", real)
     assert main(command(tmp_path)) == 0
     with TuningStore(f"sqlite:///{tmp_path / 'tuning.sqlite'}") as store:
-        assert len(store.winners(gpu=FINGERPRINT["gpu"])) == 2 and len(trials_of_fake(store)) > kept
+        assert len(store.winners(gpu=FINGERPRINT["gpu"])) == 2 and len(store.trials()) > kept
 
 
 def measure_with_long_reason(self: FakeWorker, family: str, problem: Problem, config: Config) -> TrialResult:
