@@ -106,6 +106,9 @@ def _check_options(config: Config, target: Target) -> None:
     if target.backend == "hip" and config.get("maxnreg"):
         values = {"target": target.name, "maxnreg": config["maxnreg"]}
         raise InvalidConfig("Triton caps registers for NVIDIA only", values, "Use maxnreg=0.")
+    if config.get("launch_pdl") and not target.has_dependent_launch:
+        values = {"target": target.name, "launch_pdl": True}
+        raise InvalidConfig("dependent launch needs an NVIDIA GPU from sm_90 on", values, "Use launch_pdl=False.")
 
 
 def _check_fits(resources: Resources, target: Target, rendered: Rendered) -> None:

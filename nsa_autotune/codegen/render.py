@@ -17,7 +17,7 @@ from ..spec import Config, KernelSpec, Problem, Value, canonical_json
 from .linemap import LineMarks, Origin, strip_marks, take_marks
 from .paths import template_dir
 
-COMPILE_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+COMPILE_OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,11 @@ class Target:
         return 64 if self.backend == "hip" else 32
 
     @property
+    def has_dependent_launch(self) -> bool:
+        """True where a kernel may start before the one ahead of it has ended (griddepcontrol, PTX ISA)."""
+        return self.backend == "cuda" and int(self.arch) >= 90
+
+    @property
     def shared_limit_bytes(self) -> int:
         """Largest dynamic shared memory of one program."""
         return SHARED_LIMITS_BYTES[self.name]

@@ -34,7 +34,7 @@ def completed_rows(problem: Problem) -> float:
 
 def structure(problem: Problem, config: Config) -> dict[str, Any]:
     """Structural switches."""
-    return {"dtype": problem.dtype, "fp8": problem.has_fp8_cache}
+    return {"dtype": problem.dtype, "fp8": problem.has_fp8_cache, "launch_pdl": config["launch_pdl"]}
 
 
 def token_constants(problem: Problem) -> dict[str, Value]:

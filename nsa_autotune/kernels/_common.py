@@ -10,6 +10,13 @@ SHARED_LIMIT_BYTES = 232_448  # largest dynamic shared memory of any supported G
 MAX_THREAD_REGISTERS = 240  # of 255, some are needed for addresses
 
 NUM_WARPS = Param("num_warps", (2, 4, 8), "warps of a program", reserve=(1, 16))
+LAUNCH_PDL = Param(
+    "launch_pdl",
+    (False, True),
+    "start while the kernel before ends: programmatic dependent launch, from sm_90 on",
+    structural=True,
+    former=False,
+)
 NUM_STAGES = Param("num_stages", (1, 2, 3, 4), "depth of the software pipeline of key tiles", reserve=(5, 6))
 MAXNREG = Param("maxnreg", (0, 128, 168, 224), "registers a thread may use; 0 leaves it to the compiler")
 USE_TMA = Param("use_tma", (False, True), "load key tiles with tensor-memory-access descriptors", structural=True)

@@ -80,6 +80,7 @@ def structure(problem: Problem, config: Config) -> dict[str, Any]:
         "finish": config["finish"],
         "carry_page": config["carry_page"],
         "heads_first": config["heads_first"],
+        "launch_pdl": config["launch_pdl"],
     }
 
 

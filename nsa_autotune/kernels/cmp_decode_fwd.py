@@ -74,6 +74,7 @@ def defaults(problem: Problem) -> Config:
         "heads_first": False,
         "num_warps": 4,
         "num_stages": 2 if pipelined else 1,
+        "launch_pdl": False,
     }
 
 
@@ -153,6 +154,7 @@ SPEC = KernelSpec(
         g.HEADS_FIRST,
         c.NUM_WARPS,
         c.NUM_STAGES,
+        c.LAUNCH_PDL,
     ),
     constraints=(
         Constraint("a split must hold whole tiles", lambda p, x: int(x["SPLIT"]) % int(x["BLOCK_N"]) == 0),

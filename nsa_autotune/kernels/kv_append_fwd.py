@@ -6,6 +6,7 @@ from typing import Any
 
 from ..spec import Config, Cost, KernelSpec, Problem, Value
 from . import _append as a
+from . import _common as c
 from . import _paged as g
 
 
@@ -33,10 +34,10 @@ SPEC = KernelSpec(
     arguments=(*a.TOKENS, *g.TABLE_ARGUMENTS),
     problem_fields=a.PROBLEM_FIELDS,
     nsa_fields=(),
-    params=(a.NUM_WARPS,),
+    params=(a.NUM_WARPS, c.LAUNCH_PDL),
     constraints=(),
     rules=a.RULES,
-    defaults=lambda problem: {"num_warps": 4 if problem.has_fp8_cache else 1},
+    defaults=lambda problem: {"num_warps": 4 if problem.has_fp8_cache else 1, "launch_pdl": False},
     cost=cost,
     structure=a.structure,
     constants=constants,

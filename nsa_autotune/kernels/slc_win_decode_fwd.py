@@ -56,6 +56,7 @@ def defaults(problem: Problem) -> Config:
         "heads_first": False,
         "num_warps": 4,
         "num_stages": 2,
+        "launch_pdl": False,
     }
 
 
@@ -123,6 +124,7 @@ SPEC = KernelSpec(
         g.HEADS_FIRST,
         c.NUM_WARPS,
         c.NUM_STAGES,
+        c.LAUNCH_PDL,
     ),
     constraints=(
         Constraint(

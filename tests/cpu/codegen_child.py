@@ -139,6 +139,12 @@ def main() -> None:
         "hip:gfx942",
     )
     seen["capped_amd"] = (capped.status, capped.reason)
+    step = PROBLEM.replace(layout="paged", seq_q=1)
+    early = {**get_spec("kv_append_fwd").default_config(step), "launch_pdl": True}
+    for target in ("cuda:89", "cuda:90"):
+        job = CompileJob("kv_append_fwd", step.to_dict(), early)
+        (outcome,) = compile_many({"kv_append_fwd": get_spec("kv_append_fwd")}, [job], target)
+        seen[f"early_{target}"] = (outcome.status, outcome.reason)
     seen["pool"] = run_pool()
     seen["left_over"] = left_over()
     render_module.template_dir = lambda: Path(sys.argv[2])

@@ -472,6 +472,12 @@ def test_amd_is_compiled_for_as_well(compiled: dict[str, Any]) -> None:
     assert status == "constraint" and "caps registers for NVIDIA only" in reason and "maxnreg=128" in reason
 
 
+def test_dependent_launch_is_for_gpus_that_have_it(compiled: dict[str, Any]) -> None:
+    status, reason = compiled["early_cuda:89"]
+    assert status == "constraint" and "needs an NVIDIA GPU from sm_90 on" in reason and "launch_pdl=False" in reason
+    assert compiled["early_cuda:90"][0] == "ok"
+
+
 def test_watching_a_launch_leaves_the_module_as_it_is(cache: Path) -> None:
     module = load(rendered("gate_sum_fwd"))
     launch, kernel = module.launch, module.gate_sum_fwd_kernel

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from cpu.test_kernels import SMALL, SPECS, check, small_tiles, switches
 
@@ -10,6 +12,7 @@ from nsa_autotune.codegen.render import render
 from nsa_autotune.config import NSAConfig
 from nsa_autotune.spec import Problem
 
+KERNEL_HEAD = r'def \w+_kernel\([^)]*\):\n(?:    """.*"""\n)?'  # with its docstring
 FAMILIES = tuple(family for family, spec in SPECS.items() if spec.layouts == ("paged",))
 STEP = Problem(
     batch=3,
@@ -119,6 +122,22 @@ def test_kv_heads_that_share_pages_start_side_by_side(family: str) -> None:
         assert render(spec, STEP, config).source.count("grid=(num_heads, ") == begins
     alone = STEP.replace(num_kv_heads=1)
     assert "heads_first" in (spec.broken_constraint(alone, {**spec.default_config(alone), "heads_first": True}) or "")
+
+
+@pytest.mark.parametrize("finish", ["ticket", "kernel"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kernel_that_starts_early_waits_first(family: str, finish: str) -> None:
+    """One that did not wait could end before what it depends on has, and let its own successor go."""
+    spec = SPECS[family]
+    late = spec.default_config(STEP)
+    late |= {"finish": finish} if "finish" in late else {}
+    source = render(spec, STEP, {**late, "launch_pdl": True}).source
+    bodies = re.split(KERNEL_HEAD, source)[1:]
+    assert len(bodies) == source.count("_kernel.run(") >= 1
+    assert source.count("        **OPTIONS,\n") + source.count("        launch_pdl=True,\n") == len(bodies)
+    for body in bodies:
+        assert body.startswith("    if COMPILED:\n        gdc_launch_dependents()\n        gdc_wait()\n")
+    assert "gdc" not in render(spec, STEP, late).source
 
 
 def test_the_second_kernel_has_warps_of_its_own() -> None:

@@ -76,21 +76,22 @@ REPEATED = StepCase(make_step((128, 128), 16, 2, LONG[:4]), LONG[:4], "ticket")
 
 
 class Finishing(Dispatcher):
-    """Serves default configs, in which `finish` joins the splits."""
+    """Serves default configs, in which `finish` joins the splits; `early`: with dependent launches."""
 
-    def __init__(self, finish: str) -> None:
+    def __init__(self, finish: str, early: bool = False) -> None:
         super().__init__(None)
-        self.finish = finish
+        self.finish, self.early = finish, early
 
     def choose(self, spec: KernelSpec, problem: Problem, device: Any = "cuda:0") -> Choice:
-        """The default config, one value replaced."""
-        return Choice(finishing(spec, problem, self.finish), Step.DEFAULT)
+        """The default config, these values replaced."""
+        return Choice(finishing(spec, problem, self.finish, self.early), Step.DEFAULT)
 
 
-def finishing(spec: KernelSpec, problem: Problem, finish: str) -> Config:
-    """The default config with this `finish`, in families that have one."""
+def finishing(spec: KernelSpec, problem: Problem, finish: str, early: bool = False) -> Config:
+    """The default config with this `finish` and `launch_pdl`, in families that have them."""
     config = spec.default_config(problem)
     config |= {"finish": finish} if "finish" in config else {}
+    config |= {"launch_pdl": early} if "launch_pdl" in config else {}
     spec.check_config(problem, config)
     return config
 

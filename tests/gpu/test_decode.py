@@ -7,6 +7,7 @@ float32 equations select, for two blocks of almost equal importance may change p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from cpu.cache_fakes import fill_with_nan
 from gpu.decode_cases import (
     AHEAD,
     APPEND_CASES,
+    FINISH,
     REPEATED,
     STEP_CASES,
     AppendCase,
@@ -114,6 +116,43 @@ def test_twenty_steps_give_the_same_bits(dispatcher: Dispatcher) -> None:
     for _ in range(19):
         assert torch.equal(attend(made, REPEATED.problem, dispatcher, counters), first)
         assert not counters.any()
+
+
+@pytest.mark.parametrize("finish", FINISH)
+@torch.no_grad()
+def test_kernels_that_start_early_see_what_those_before_wrote(finish: str) -> None:
+    """A chain of steps, each asking with the outputs of the last and appending them, launched singly and in a graph."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("dependent launch needs compute capability 9.0")
+    expected = run_chain(Finishing(finish))
+    graph, out = torch.cuda.CUDAGraph(), run_chain(Finishing(finish, early=True))
+    assert expected.isfinite().all() and expected.any() and torch.equal(out, expected)
+    early, tensors = Finishing(finish, early=True), step_tensors(REPEATED, DEVICE)
+    counters = counters_of(REPEATED.problem)
+    chain(early, tensors, counters)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out = chain(early, tensors, counters)
+    for _ in range(10):
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, expected)
+
+
+def run_chain(dispatcher: Dispatcher) -> Tensor:
+    """`chain` on fresh tensors."""
+    return chain(dispatcher, step_tensors(REPEATED, DEVICE), counters_of(REPEATED.problem))
+
+
+def chain(dispatcher: Dispatcher, made: StepTensors, counters: Tensor) -> Tensor:
+    """The outputs of the last of 24 steps; the same tokens are written each time."""
+    problem, out = REPEATED.problem, made.q
+    for _ in range(24):
+        news = out[:, :, : problem.num_kv_heads]
+        where = (news, news, made.pools, made.table, made.lengths)
+        append.append(*where, k_win=news, v_win=news, config=problem.nsa, dispatcher=dispatcher)
+        out = attend(replace(made, q=out), problem, dispatcher, counters)
+    return out
 
 
 # appending
