@@ -1,8 +1,8 @@
 """Claim: after a change of template that leaves machine code as it is, recertifying costs a tenth of the tuning.
 
-Tunes into an empty database with an empty cache of Triton, then runs `nsa-autotune recertify` on it with a copy of the
-project in which every kernel got one more line of comment, so that all of them are compiled anew. Writes
-`results/<date>-<gpu>-recertify.md` and `.json`. What both commands print goes to the standard error.
+Tunes into an empty database with an empty cache of Triton, then runs `nsa-autotune recertify` on it after every kernel
+got one more line of comment, so that all of them are compiled anew; both with a copy of the project that ships no
+winners. Writes `results/<date>-<gpu>-recertify.md` and `.json`. What the commands print goes to the standard error.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nsa_autotune.dispatch.fingerprint import current
 from nsa_autotune.errors import NSAError
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("nsa_autotune", "templates", "tuning_db", "kernels_generated")
+COPIED, SHIPPED = ("nsa_autotune", "templates", "tuning_db"), "*.jsonl"
 FAMILIES = "cmp_pool_fwd,cmp_mlp_fwd,cmp_attn_fwd,slc_select_fwd,slc_attn_fwd,win_attn_fwd,gate_sum_fwd,win_sum_fwd"
 SIGNATURE_END = re.compile(r"^\):\n", re.MULTILINE)  # of kernels, and of launch functions
 COMMENT = "    # one line more\n"
@@ -73,17 +73,17 @@ def run(words: Sequence[str], root: Path, cache: Path) -> tuple[float, str]:
 
 
 def measure(options: argparse.Namespace) -> Cost:
-    """Tune, retouch a copy of the templates, recertify."""
+    """Copy, tune, retouch the copy's templates, recertify."""
     families = [spec.family for spec in choose_specs(split([options.families]))]
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
         where = ["--db", f"sqlite:///{here / 'tuned.sqlite'}", "--device", options.device]
         chosen = ["--families", ",".join(families), *where]
         shape = ["--preset", options.preset, "--seq", options.seq, "--budget", options.budget]
-        first, _ = run(["tune", *shape, *chosen], ROOT, here / "cache")
-        copy = here / "copy"
+        copy, left_out = here / "copy", shutil.ignore_patterns("__pycache__", SHIPPED)
         for name in COPIED:
-            shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=left_out)
+        first, _ = run(["tune", *shape, *chosen], copy, here / "cache")
         retouch(copy / "templates")
         again, said = run(["recertify", *chosen], copy, here / "cache")
     return Cost(first, again, said)

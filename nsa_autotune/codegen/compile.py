@@ -109,6 +109,9 @@ def _check_options(config: Config, target: Target) -> None:
     if config.get("launch_pdl") and not target.has_dependent_launch:
         values = {"target": target.name, "launch_pdl": True}
         raise InvalidConfig("dependent launch needs an NVIDIA GPU from sm_90 on", values, "Use launch_pdl=False.")
+    if target.name != "cuda:90" and config.get("gluon"):
+        values = {"target": target.name, "gluon": True}
+        raise InvalidConfig("gluon's products are Hopper's matrix instructions", values, "Use gluon=false.")
 
 
 def _check_fits(resources: Resources, target: Target, rendered: Rendered) -> None:

@@ -125,10 +125,8 @@ def tensor_maps(compiled: Any, descriptors: list[Any]) -> list[TensorMap]:
 
 
 def is_descriptor(value: object) -> bool:
-    """True for a host-side tensor descriptor."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return isinstance(value, TensorDescriptor)
+    """True for a host-side tensor descriptor, Triton's or Gluon's."""
+    return type(value).__name__ == "TensorDescriptor" and hasattr(value, "block_shape")
 
 
 def kernels_among(names: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ TOKENS = {  # a tile's, by loop order; a union has a bit a token
     "pair": (2,),
     k.ORDER: BLOCK_T,
 }
+GLUON = {"loop_order": "union", "use_tma": True, "lean_softmax": True, "swap": False, "carry": False}
 WIDE_GROUP = Problem(  # the group that pair needs, with blocks that only some tokens of a tile chose
     seq_q=70,
     seq_k=70,
@@ -46,7 +47,8 @@ def constants(problem: Problem, config: Config) -> dict[str, Value]:
 
 def structure(problem: Problem, config: Config) -> dict[str, Any]:
     """Structural switches, the loop order among them."""
-    return {**c.attention_structure(problem, config), "loop_order": config["loop_order"], "carry": config["carry"]}
+    names = ("loop_order", "carry", "gluon", "q_in_registers")
+    return {**c.attention_structure(problem, config), **{name: config[name] for name in names}}
 
 
 def defaults(problem: Problem) -> Config:
@@ -61,6 +63,8 @@ def defaults(problem: Problem) -> Config:
         "split_mask": False,
         "lean_softmax": False,
         "carry": False,
+        "gluon": False,
+        "q_in_registers": False,
         **k.defaults(),
         "num_warps": 4 if wide or problem.group_size > 16 else 2,
         "num_stages": 2,
@@ -98,6 +102,13 @@ def cost(problem: Problem, config: Config) -> Cost:
         tile_columns=tile_columns,
     )
     return k.work(problem, config, found, problem.d_qk, problem.d_v) if k.is_on(config) else found
+
+
+def buffers_fit(problem: Problem, config: Config) -> bool:
+    """Key and value tiles of all stages, and q where it takes shared memory."""
+    rows = int(config["num_stages"]) * int(config["BLOCK_N"]) * (problem.d_qk + problem.d_v)
+    q = 0 if config["q_in_registers"] else c.block_m(problem, config) * problem.d_qk
+    return not config["gluon"] or (rows + q) * ELEMENT_BYTES[problem.dtype] <= c.SHARED_LIMIT_BYTES
 
 
 def run_reference(
@@ -141,6 +152,8 @@ SPEC = KernelSpec(
         replace(c.SPLIT_MASK, former=False),
         c.LEAN_SOFTMAX,
         Param("carry", (False, True), "load the next block one step ahead", structural=True, former=False),
+        Param("gluon", (False, True), "union's loop in Gluon, for Hopper", structural=True, former=False),
+        Param("q_in_registers", (False, True), "gluon's q in registers", structural=True, former=False),
         k.CHUNK,
         k.NUM_RUNS,
         Param("num_warps", (1, 2, 4, 8), "warps of a program", reserve=(16,)),
@@ -160,6 +173,19 @@ SPEC = KernelSpec(
         Constraint(
             "pair holds its lists in registers, and key_major carries in any case: nothing to switch",
             lambda p, config: config["loop_order"] in ("query_major", "union") or not config["carry"],
+        ),
+        Constraint(
+            "gluon writes union's loop with use_tma and lean_softmax, without swap and carry",
+            lambda p, config: not config["gluon"] or all(config[name] == value for name, value in GLUON.items()),
+        ),
+        Constraint(
+            "gluon takes 16 rows a warp of 4 or 8 warps, as Hopper's matrix instruction of four warps does",
+            lambda p, config: not config["gluon"] or c.block_m(p, config) == 16 * int(config["num_warps"]) in (64, 128),
+        ),
+        Constraint("gluon's buffers, one for each stage, must fit in 227 KiB of shared memory", buffers_fit),
+        Constraint(
+            "q_in_registers is for gluon: elsewhere the compiler decides",
+            lambda p, config: bool(config["gluon"]) or not config["q_in_registers"],
         ),
         *k.constraints("d_v", 1),
         Constraint(

@@ -98,6 +98,16 @@ def test_a_narrow_tail_multiplies_fewer_keys() -> None:
     assert narrow / wide == pytest.approx(528 / 576)  # 515 keys of 4 tokens: 8 tiles of 64 and 16, not 9 of 64
 
 
+@pytest.mark.parametrize("registers", [False, True], ids=["shared", "registers"])
+@pytest.mark.parametrize("name", ["random", "odd_group_packed", "odd_n"])
+def test_gluon_takes_what_its_stand_in_takes(name: str, registers: bool) -> None:
+    """The interpreter runs the kernel in Triton: what it checks is the launch and the arguments, not Gluon's loop."""
+    tokens = 2 if PROBLEMS[name].group_size > 16 else 4
+    changes = {"loop_order": "union", "BLOCK_T": tokens, "BLOCK_N": 16, "use_tma": True, "lean_softmax": True}
+    config = {**changes, "split_mask": registers, "gluon": True, "q_in_registers": registers, "num_warps": 4}
+    check("slc_attn_fwd", PROBLEMS[name].replace(dtype="float16"), config)
+
+
 LEAN = {  # loops with and without a mask, both ways of the products, rows that see nothing
     "cmp_attn_fwd": {"split_mask": True},
     "win_attn_fwd": {"split_mask": True, "BLOCK_N": 32, "narrow_tail": True},
