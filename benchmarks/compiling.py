@@ -26,6 +26,7 @@ from nsa_autotune.cli.console import errors
 from nsa_autotune.cli.options import ProblemChoice, choose_specs, split
 from nsa_autotune.codegen.pool import CompileJob, CompileOutcome, compile_many
 from nsa_autotune.codegen.target import parse_target
+from nsa_autotune.cores import usable_cores
 from nsa_autotune.db.records import utc_now
 from nsa_autotune.dispatch.fingerprint import for_target
 from nsa_autotune.errors import NSAError
@@ -86,7 +87,7 @@ def page(
     lines = [
         f"# Compiling, {date}",
         "",
-        f"`{command}`; {jobs} processes, {os.cpu_count()} cores.",
+        f"`{command}`; {jobs} processes, {usable_cores()} cores.",
         "; ".join(f"{name} {value}" for name, value in facts.items()) + ".",
         "",
         f"{count} variants in {seconds:.1f} s, the start of the processes included: {count / seconds:.1f} a second",
@@ -108,7 +109,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seq", default="8k")
     parser.add_argument("--families", default=FAMILIES)
     parser.add_argument("--count", type=int, default=64, help="variants of a family")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--jobs", type=int, default=usable_cores())
     parser.add_argument("--target", default="cuda:90")
     parser.add_argument("--folder", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)

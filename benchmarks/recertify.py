@@ -25,6 +25,7 @@ from forward import RESULTS, gpu_slug, without_places, write_page
 
 from nsa_autotune.cli.console import errors
 from nsa_autotune.cli.options import choose_specs, split
+from nsa_autotune.cores import usable_cores
 from nsa_autotune.db.records import utc_now
 from nsa_autotune.dispatch.fingerprint import current
 from nsa_autotune.errors import NSAError
@@ -95,7 +96,7 @@ def page(cost: Cost, facts: Mapping[str, str], command: str, date: str) -> str:
     lines = [
         f"# Recertifying on {facts['gpu']}, {date}",
         "",
-        f"`{command}`; {os.cpu_count()} cores.",
+        f"`{command}`; {usable_cores()} cores.",
         "; ".join(f"{name} {value}" for name, value in facts.items() if name != "gpu") + ".",
         "",
         "| command | seconds, from start to exit | share of the first |",

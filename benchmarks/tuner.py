@@ -10,11 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,6 +23,7 @@ from forward import RESULTS, gpu_slug, without_places, write_page
 from nsa_autotune.bench.worker import MeasureWorker
 from nsa_autotune.cli.console import errors
 from nsa_autotune.cli.options import ProblemChoice, choose_specs, split
+from nsa_autotune.cores import usable_cores
 from nsa_autotune.db.records import utc_now
 from nsa_autotune.db.store import TuningStore
 from nsa_autotune.dispatch.fingerprint import current
@@ -59,6 +59,11 @@ class Run:
     tied: tuple[Config, ...]
     median_us: float
     effort: Effort
+    codes: dict[str, str] = field(default_factory=dict)  # identity of machine code and grid, by config
+
+    def code(self, config: Config) -> str:
+        """Equal for configs that run the same machine code on the same grid."""
+        return self.codes.get(config_key(config), config_key(config))
 
 
 @dataclass(frozen=True)
@@ -71,10 +76,10 @@ class Repeated:
 
     @property
     def agreeing(self) -> int:
-        """Runs whose winner is the first run's, or was tied with it."""
+        """Runs whose winner runs the code of the first run's, or of one that was tied with it."""
         first = self.runs[0]
-        accepted = {config_key(config) for config in (first.config, *first.tied)}
-        return sum(config_key(run.config) in accepted for run in self.runs)
+        accepted = {first.code(config) for config in (first.config, *first.tied)}
+        return sum(run.code(run.config) in accepted for run in self.runs)
 
     @property
     def agrees(self) -> bool:
@@ -108,9 +113,16 @@ def tune_once(spec: KernelSpec, problem: Problem, seed: int, budget: Budget, **h
     last = _Last()
     with TuningStore("sqlite://", import_shipped=False) as store:
         winner = tune_problem(spec, problem, store=store, budget=budget, seed=seed, progress=last, **how)
+        codes = {config_key(t.config): code_of(t.resources or {}) for t in store.trials(family=spec.family)}
     if winner is None or last.outcome is None:
         return None
-    return Run(winner.config, tuple(winner.tied), winner.median_us, last.outcome.effort)
+    known = {key: code for key, code in codes.items() if code}
+    return Run(winner.config, tuple(winner.tied), winner.median_us, last.outcome.effort, known)
+
+
+def code_of(resources: Mapping[str, Any]) -> str:
+    """Identity of machine code and grid, empty if it is not known."""
+    return " ".join(map(str, (resources.get("binary_sha") or "", resources.get("call_sha") or ""))).strip()
 
 
 def row(repeated: Repeated) -> tuple[str, ...]:
@@ -123,7 +135,7 @@ def row(repeated: Repeated) -> tuple[str, ...]:
         f"T {problem.seq_k}, HQ {problem.num_q_heads}, H {problem.num_kv_heads}, d {problem.d_qk}/{problem.d_v}",
         str(len(times)),
         f"{repeated.agreeing} of {len(times)}" + ("" if repeated.agrees else " (missed)"),
-        str(len({config_key(run.config) for run in repeated.runs})),
+        str(len({run.code(run.config) for run in repeated.runs})),
         f"{median(times):.1f}",
         f"{max(times) / min(times):.3f}",
         f"{effort.seconds / len(times):.1f}",
@@ -144,9 +156,10 @@ def page(found: Sequence[Repeated], facts: dict[str, str], command: str, budget:
         "|" + "---|" * len(COLUMNS),
         *("| " + " | ".join(row(repeated)) + " |" for repeated in found),
         "",
-        "agree: runs whose winner is the first run's or was tied with it; winners: different ones. worst / best: of",
-        "the winners' medians, each from its own race. waited: share of a run in which nothing was ready to be",
-        "measured. The first run compiles what later ones find in Triton's cache.",
+        "agree: runs whose winner is the first run's or was tied with it; winners: different ones. Configs that run",
+        "the same machine code on the same grid are one. worst / best: of the winners' medians, each from a race of",
+        "its own. waited: share of a run in which nothing was ready to be measured. The first run compiles what later",
+        "ones find in Triton's cache.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -178,7 +191,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--families", default="win_attn_fwd")
     parser.add_argument("--retunes", type=int, default=20)
     parser.add_argument("--budget", default="quick")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--jobs", type=int, default=usable_cores())
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--folder", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)

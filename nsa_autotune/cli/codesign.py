@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..bench.policy import get_policy
+from ..cores import usable_cores
 from ..spec import DEFAULT_POLICY
 from . import codesign_plan as planning
 from . import options
@@ -121,7 +121,7 @@ def codesign(
         db=db,
         device=device,
         policy=get_policy(policy).name,
-        jobs=jobs or os.cpu_count() or 1,
+        jobs=jobs or usable_cores(),
         plot=plot,
         style=style,
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 import typer
 
+from ..cores import usable_cores
 from ..errors import InvalidInput
 from . import options
 from .recertify_run import Run, execute, forecast
@@ -48,5 +48,5 @@ def recertify(
         raise InvalidInput(rule, {"--target": target}, remedy)
     if gpu and goal is None:
         raise InvalidInput("--gpu goes with --target", {"--gpu": gpu}, "A GPU at hand is named by --device.")
-    run = Run(chosen, parse_budget(budget) if search else None, db, device, goal, gpu, jobs or os.cpu_count() or 1)
+    run = Run(chosen, parse_budget(budget) if search else None, db, device, goal, gpu, jobs or usable_cores())
     raise typer.Exit(forecast(run) if dry_run else execute(run))

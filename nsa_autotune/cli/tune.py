@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..bench.policy import get_policy
+from ..cores import usable_cores
 from ..errors import InvalidInput
 from ..spec import DEFAULT_POLICY, KernelSpec, Problem
 from . import options
@@ -126,7 +126,7 @@ def tune(
     parts = len(work) * max(1, len(targets))
     total = choose_budget(budget, EVERYTHING if everything else trials, minutes, parts, predicting=bool(targets))
     how = get_policy(policy).name
-    cores = jobs or os.cpu_count() or 1
+    cores = jobs or usable_cores()
     first = read_tries(tries) if tries is not None else ()
     if tries is not None and targets:
         raise _tries_unmeasured(tries, asked)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from ..cores import usable_cores
 from ..errors import InvalidConfig, InvalidProblem, KernelError, NSAError, RenderError
 from ..spec import Config, KernelSpec, Problem
 from .compile import Resources, compile_variant, need_compiler
@@ -227,7 +228,7 @@ def compile_many(
     timeout_s: float = 60.0,
 ) -> Iterator[CompileOutcome]:
     """Outcomes as they come; `specs` holds the spec of every family named by the jobs."""
-    pool = CompilePool(specs, target, processes or os.cpu_count() or 1, timeout_s)
+    pool = CompilePool(specs, target, processes or usable_cores(), timeout_s)
     try:
         pool.submit(jobs)
         while outcomes := pool.wait():

@@ -21,7 +21,7 @@ TOKENS = {  # a tile's, by loop order; a union has a bit a token
     "pair": (2,),
     k.ORDER: BLOCK_T,
 }
-GLUON = {"loop_order": "union", "use_tma": True, "lean_softmax": True, "swap": False, "carry": False}
+GLUON: dict[str, Value] = {"loop_order": "union", "use_tma": True, "lean_softmax": True, "swap": False, "carry": False}
 WIDE_GROUP = Problem(  # the group that pair needs, with blocks that only some tokens of a tile chose
     seq_q=70,
     seq_k=70,
@@ -111,6 +111,10 @@ def buffers_fit(problem: Problem, config: Config) -> bool:
     return not config["gluon"] or (rows + q) * ELEMENT_BYTES[problem.dtype] <= c.SHARED_LIMIT_BYTES
 
 
+def _gluon_needs(name: str, value: Value) -> Constraint:
+    return Constraint(f"gluon needs {name}={value!r}", lambda p, config: not config["gluon"] or config[name] == value)
+
+
 def run_reference(
     problem: Problem, inputs: dict[str, Any], layout: PackedLayout | None = None, positions: Any = None
 ) -> dict[str, Any]:
@@ -174,10 +178,7 @@ SPEC = KernelSpec(
             "pair holds its lists in registers, and key_major carries in any case: nothing to switch",
             lambda p, config: config["loop_order"] in ("query_major", "union") or not config["carry"],
         ),
-        Constraint(
-            "gluon writes union's loop with use_tma and lean_softmax, without swap and carry",
-            lambda p, config: not config["gluon"] or all(config[name] == value for name, value in GLUON.items()),
-        ),
+        *(_gluon_needs(name, value) for name, value in GLUON.items()),
         Constraint(
             "gluon takes 16 rows a warp of 4 or 8 warps, as Hopper's matrix instruction of four warps does",
             lambda p, config: not config["gluon"] or c.block_m(p, config) == 16 * int(config["num_warps"]) in (64, 128),

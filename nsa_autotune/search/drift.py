@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..bench.timing import MIN_ROUNDS
 from ..bench.worker import RACE_TARGET_MS
 from ..codegen.compile import Resources
+from ..cores import usable_cores
 from ..db.records import TrialRecord, WinnerRecord
 from ..spec import Config, KernelSpec, Problem
 from .space import ConfigSpace, config_key
@@ -145,7 +145,7 @@ class Cost:
 def expected_cost(stale: Sequence[Stale], processes: int | None = None) -> Cost:
     """An upper estimate from stored medians; nothing is compiled or read for it."""
     configs = (BEST + 1) * len(stale)
-    compile_s = COMPILE_S * configs / (processes or os.cpu_count() or 1)
+    compile_s = COMPILE_S * configs / (processes or usable_cores())
     race_s = sum((BEST + 1) * (GATE_S + _timing_s(item.winner.median_us)) for item in stale)
     return Cost(len(stale), configs, sum(item.has_code for item in stale), compile_s, race_s)
 

@@ -73,8 +73,12 @@ def spaces_of(records: Iterable[TrialRecord], specs: Mapping[str, KernelSpec]) -
 
 
 def make_space(spec: KernelSpec, records: Sequence[TrialRecord]) -> RecordedSpace:
-    """The space of one problem's records; InvalidInput if too little works, or not the default config."""
+    """The space of one problem's records; InvalidInput if too little works, or not the default config.
+
+    Records of before a parameter came are read as if they said its former value.
+    """
     problem, first = Problem.from_dict(records[0].problem), records[0]
+    records = [replace(record, config=spec.completed(record.config)) for record in records]
     by_config: dict[str, list[TrialRecord]] = defaultdict(list)
     for record in sorted(records, key=lambda record: record.created):
         if spec.broken_constraint(problem, record.config) is None:

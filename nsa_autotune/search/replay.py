@@ -114,7 +114,8 @@ class ReplayPreparer(Unprepared):
         self.clock.charge(float(told.get("compile_ms", COMPILE_S * 1e3)) / 1e3 / CORES)
         if found is not None and found.result.status in ("constraint", "render", "compile", "resource"):
             return [replace(prepared, failure=found.result)]
-        return [prepared]
+        known = told.get("binary_sha") and told.get("call_sha")
+        return [replace(prepared, code=f"{told['binary_sha']} {told['call_sha']}" if known else "")]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 from ..spec import Config, KernelSpec, Param, Problem, Value, canonical_json
 
 SCAN_LIMIT = 200_000  # points looked at before a space counts as too large to enumerate
-SAMPLE_TRIES = 2_000  # random points tried before a space counts as exhausted
+SAMPLE_TRIES = 300  # random points tried before it is walked from the default config
+WALKS, WALK_STEPS = 40, 4  # walks before a space counts as exhausted; steps of a walk for each parameter
 
 
 def config_key(config: Mapping[str, Value]) -> str:
@@ -66,7 +67,11 @@ class ConfigSpace:
         return found if len(found) <= limit else None
 
     def sample(self, rng: random.Random, seen: Collection[str] = ()) -> Config | None:
-        """A random legal config whose key is not in `seen`, or None if none turned up."""
+        """A random legal config whose key is not in `seen`, or None if none turned up.
+
+        Where hardly any point is legal, since switches need each other, random walks from one legal config to the next
+        find them.
+        """
         if self.spec.only is not None:
             left = [config for config in self.configs() if config_key(config) not in seen]
             return rng.choice(left) if left else None
@@ -74,15 +79,25 @@ class ConfigSpace:
             config = {param.name: rng.choice(param.values) for param in self.spec.params}
             if config_key(config) not in seen and self.is_legal(config):
                 return config
-        if self.num_points > SCAN_LIMIT:
-            return None
-        return next((config for config in self.configs() if config_key(config) not in seen), None)
+        if self.num_points <= SCAN_LIMIT:
+            return next((config for config in self.configs() if config_key(config) not in seen), None)
+        walked = (self._walk(rng) for _ in range(WALKS))
+        return next((config for config in walked if config_key(config) not in seen), None)
+
+    def _walk(self, rng: random.Random) -> Config:
+        """Where a walk over legal configs ends: each step sets a parameter at random, and another one if it must."""
+        config = self.spec.default_config(self.problem)
+        movable = [param for param in self.spec.params if len(param.values) > 1]
+        for _ in range(WALK_STEPS * len(movable)):
+            param = rng.choice(movable)
+            config = self.repair({**config, param.name: rng.choice(param.values)}, keep=param.name) or config
+        return config
 
     def neighbours(self, config: Config) -> Iterator[Config]:
         """Legal configs one step away: the next legal value on either side of a number, any other value of a switch.
 
-        A number at its end steps into the reserve. A switch that is illegal alone is tried together with one other
-        parameter, since values often go in pairs.
+        A number at its end steps into the reserve. A switch that is illegal alone is tried together with the others
+        that it needs.
         """
         for param in self.spec.params:
             if is_ordered(param):
@@ -103,17 +118,33 @@ class ConfigSpace:
                 yield step
 
     def repair(self, config: Config, keep: str = "", seen: Collection[str] = ()) -> Config | None:
-        """The config if it is legal and unseen, else the first one with one other value (not of `keep`) that is."""
+        """The config if it is legal and unseen, else the first one with few other values (not of `keep`) that is.
+
+        Value by value, each the one that leaves the fewest constraints broken, as long as that helps; mostly one does.
+        """
         if self.is_legal(config) and config_key(config) not in seen:
             return config
-        for param in self.spec.params:
-            if param.name == keep:
-                continue
-            for value in sorted(param.values, key=lambda v: _distance(param, config[param.name], v)):
-                moved = {**config, param.name: value}
+        broken = self._broken(config)
+        while True:
+            moves = list(self._moves(config, keep))
+            for moved in moves:
                 if self.is_legal(moved) and config_key(moved) not in seen:
                     return moved
-        return None
+            best = min(moves, key=self._broken, default=config)
+            if self._broken(best) >= broken:
+                return None
+            config, broken = best, self._broken(best)
+
+    def _moves(self, config: Config, keep: str) -> Iterator[Config]:
+        """The config with one other value of any parameter but `keep`, near values first."""
+        for param in self.spec.params:
+            if param.name != keep:
+                for value in sorted(param.values, key=lambda v: _distance(param, config[param.name], v)):
+                    yield {**config, param.name: value}
+
+    def _broken(self, config: Config) -> int:
+        """Constraints that the config breaks."""
+        return sum(not constraint.holds(self.problem, config) for constraint in self.spec.constraints)
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """Optuna's view: an index into the values for numbers, a choice for switches; fixed parameters are left out."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from ..bench.result import TrialResult
+from ..bench.result import Status, TrialResult
 from ..bench.worker import RACE_ROUNDS
 from ..codegen.render import template_digest
 from ..db.records import TrialRecord, WinnerRecord
@@ -37,6 +37,7 @@ EXHAUSTIVE_LIMIT = 256  # legal configs up to which a budget in minutes alone tr
 EXPLORE_SHARE = 0.6  # of the budget before the neighbourhoods of the best are searched
 AHEAD_SHARE = 0.125  # of the trials that may be under way: what is proposed together learns nothing of each other
 WAITING_SHARE = 0.25  # of the time that the GPU may wait for compilers, before twice as many may be under way
+TWIN: Status = "same_code"  # of a config whose machine code another one was measured with
 SEED_SHARE = 0.25  # of the trials that may go to seeds
 FINALISTS = 8  # raced against each other and the default
 MAX_RACES = 3  # fields of finalists of which none survives
@@ -148,14 +149,15 @@ class _Tuning:
             kept = (r for r in self.records if r.status not in WORTH_A_RETRY or config_key(r.config) in banned)
             self.records = list(kept)
         self.num_done = 0
-        self.meter = Meter(budget, 0 if retune else len(self.records), clock)
+        spent = sum(r.status != TWIN for r in self.records)
+        self.meter = Meter(budget, 0 if retune else spent, clock)
         self.search = ConfigSearch(task.space, seed=seed, seeds=[*first, *self._first_configs(budget, seed)])
         self.search.exclude(banned)
         self.codes: dict[str, TrialRecord] = {}  # machine code -> the trial that measured it
         self.under_way = 0
         self.started_s, self.waited_s = time.perf_counter(), 0.0
         for record in self.records:
-            self.search.remember(record.config, record.median_us, twin=record.status == "same_code")
+            self.search.remember(record.config, record.median_us, twin=record.status == TWIN)
         left = None if budget.max_trials is None else max(0, budget.max_trials - self.meter.trials)
         progress.start(Plan(task.spec, task.problem, budget, len(self.records), left))
 
@@ -221,7 +223,7 @@ class _Tuning:
         record = self.task.trial(config, replace(result, resources=resources or None), "search")
         if prepared.code and result.ok:
             self.codes[prepared.code] = record
-        self.meter.trials += 1
+        self.meter.trials += twin is None  # one that need not be measured leaves its trial to another
         self._keep(record)
         self.search.record(config, result.median_us, twin=twin is not None)
 
@@ -273,5 +275,5 @@ def _twin_result(twin: TrialRecord) -> TrialResult:
     """The time of a config that runs the machine code of another one."""
     reason = f"the same machine code as {config_key(twin.config)}"
     return TrialResult(
-        "same_code", reason, median_us=twin.median_us, p20_us=twin.p20_us, p80_us=twin.p80_us, resources=twin.resources
+        TWIN, reason, median_us=twin.median_us, p20_us=twin.p20_us, p80_us=twin.p80_us, resources=twin.resources
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import multiprocessing
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from ..codegen.compile import meta_arguments, need_compiler
 from ..codegen.load import explain, load
 from ..codegen.render import Rendered
 from ..codegen.target import Target, absent_gpu, parse_target
+from ..cores import usable_cores
 from ..dispatch import binaries
 from ..dispatch.binaries import INDEX, NOT_OF_THE_CODE, identity
 from ..dispatch.triton_launch import kernels_among
@@ -64,7 +64,7 @@ def compile_binaries(kernels: Sequence[Kernel], targets: Sequence[str], report: 
 def _compile_in_parallel(kernels: Sequence[Kernel], targets: Sequence[str]) -> None:
     """Fill Triton's cache on all cores; a job that fails or ends its process is judged when its turn comes."""
     jobs: list[Job] = [(k.spec.family, k.rendered, _compiled_problems(k), t) for k in kernels for t in targets]
-    cores = min(os.cpu_count() or 1, len(jobs))
+    cores = min(usable_cores(), len(jobs))
     if cores < 2:
         return
     pool = ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("fork"))  # which keeps Triton's settings

@@ -208,3 +208,42 @@ def test_switches_have_no_order() -> None:
 def test_the_key_ignores_the_order_of_the_parameters() -> None:
     assert config_key(DEFAULT) == config_key(dict(reversed(DEFAULT.items())))
     assert config_key(DEFAULT) != config_key({**DEFAULT, "BLOCK_N": 64})
+
+
+def needs(name: str) -> Constraint:
+    return Constraint(f"both needs {name}", lambda p, config: not config["both"] or bool(config[name]))
+
+
+SWITCHES, DIGITS = ("one", "two", "both"), tuple(f"part{number}" for number in range(9))
+NEEDY = replace(  # a switch that needs two others, and digits that must be small together
+    SPEC,
+    params=(
+        *(Param(name, (False, True), "a switch") for name in SWITCHES),
+        *(Param(name, (0, 1, 2, 3), "a digit") for name in DIGITS),
+    ),
+    constraints=(
+        needs("one"),
+        needs("two"),
+        Constraint("digits are small", lambda p, config: sum(int(config[name]) for name in DIGITS) <= 3),
+    ),
+    defaults=lambda problem: {**dict.fromkeys(SWITCHES, False), **dict.fromkeys(DIGITS, 0)},
+)
+
+
+def test_a_switch_is_repaired_with_all_that_it_needs() -> None:
+    space = ConfigSpace(NEEDY, PROBLEM)
+    config = space.repair({**NEEDY.default_config(PROBLEM), "both": True}, keep="both")
+    assert config is not None and config["one"] and config["two"] and config["both"]
+    never = replace(NEEDY, constraints=(Constraint("never", lambda p, config: False),))
+    assert ConfigSpace(never, PROBLEM).repair(config) is None
+
+
+def test_a_sample_of_a_sparse_space_is_found_by_walking() -> None:
+    """About one point in two thousand is legal, too few for points at random; no config comes twice."""
+    space, rng, seen = ConfigSpace(NEEDY, PROBLEM), random.Random(0), set[str]()
+    assert space.num_points > 1_000_000
+    for _ in range(100):
+        config = space.sample(rng, seen)
+        assert config is not None and space.is_legal(config) and config_key(config) not in seen
+        seen.add(config_key(config))
+    assert {part for key in seen for part in ("both", "one") if f'"{part}":true' in key} == {"both", "one"}

@@ -7,6 +7,7 @@ import math
 import random
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -53,6 +54,15 @@ def test_a_run_agrees_by_the_first_winner_or_its_ties(tuner: ModuleType) -> None
     row = dict(zip(tuner.COLUMNS, tuner.row(found), strict=True))
     assert (row["agree"], row["winners"], row["worst / best"]) == ("19 of 20", "3", "1.010")
     assert (row["s a run"], row["trials/s"], row["waited"]) == ("5.0", "2.0", "20%")
+
+
+def test_configs_that_run_the_same_code_are_one_winner(tuner: ModuleType) -> None:
+    codes = dict(zip((tuner.config_key(warps(count)) for count in (1, 2, 4, 8)), "abac", strict=True))
+    found = repeated(tuner, [1, 2])
+    found = replace(found, runs=tuple(replace(run, codes=codes) for run in found.runs))
+    assert found.agreeing == 2, "1 and 4 warps are one code"
+    assert dict(zip(tuner.COLUMNS, tuner.row(found), strict=True))["winners"] == "2"
+    assert tuner.code_of({"binary_sha": "x", "call_sha": "y"}) == "x y" and tuner.code_of({}) == ""
 
 
 def test_the_page_names_command_versions_and_what_was_missed(tuner: ModuleType) -> None:
