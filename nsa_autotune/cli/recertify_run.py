@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -11,19 +11,19 @@ from ..codegen.target import target_of_capability
 from ..errors import StoreError
 from ..spec import KernelSpec, Problem
 from .console import errors, make_table, output, problem_text
+from .recertify_compile import find_compiler, jobs_of
 from .tune_report import verdict_text
 from .tune_run import EXIT_INTERRUPTED, EXIT_NO_WINNER
 
 if TYPE_CHECKING:
     from ..bench.worker import MeasureWorker
-    from ..codegen.pool import CompileJob, CompileOutcome
     from ..db.records import WinnerRecord
     from ..db.store import TuningStore
     from ..search.ahead import Preparer
     from ..search.budget import Budget
     from ..search.drift import Stale
     from ..search.progress import Outcome
-    from ..search.recertify import CompileAll, Loss, Recertified, Search
+    from ..search.recertify import Loss, Recertified, Search
     from ..search.task import Task
     from .progress import TuneDisplay
 
@@ -92,7 +92,8 @@ def forecast(run: Run) -> int:
     with TuningStore(run.db, must_exist=True) as store:
         present = find_present(run)
         stale = find_stale(run, store, present)
-        compiler = find_compiler(run.target or target_of_capability(present.here["capability"]), run.jobs)
+        target = run.target or target_of_capability(present.here["capability"])
+        compiler = find_compiler(target, run.jobs, jobs_of(stale, present.specs, store))
         with TuneDisplay(errors(), len(stale)) as display:
             for number, item in enumerate(stale, 1):
                 display.say(f"{number}/{len(stale)} compiling {_text(item.winner)}")
@@ -133,22 +134,6 @@ def find_stale(run: Run, store: TuningStore, present: Present) -> list[Stale]:
     return stale_winners(winners, present.here, present.specs, present.digests)
 
 
-def find_compiler(target: str, jobs: int) -> CompileAll | None:
-    """Compiles for the target in child processes; None where it is not known."""
-    from ..codegen import pool
-    from ..codegen.target import SHARED_LIMITS_BYTES
-    from ..kernels import all_specs
-    from ..search.ahead import TIMEOUT_S
-
-    if target not in SHARED_LIMITS_BYTES:
-        return None
-
-    def compile_all(wanted: Sequence[CompileJob]) -> Iterator[CompileOutcome]:
-        return pool.compile_many(dict(all_specs()), wanted, target, jobs, TIMEOUT_S)
-
-    return compile_all
-
-
 def measure(
     run: Run, store: TuningStore, display: TuneDisplay, present: Present, stale: list[Stale], done: list[Recertified]
 ) -> None:
@@ -158,7 +143,8 @@ def measure(
     from ..search.recertify import recertify_winner
 
     capability = present.here["capability"]
-    compiler = find_compiler(target_of_capability(capability), run.jobs)
+    ahead = jobs_of(stale, present.specs, store)
+    compiler = find_compiler(target_of_capability(capability), run.jobs, ahead)
     if compiler is None:
         display.note(f"nothing can be compiled ahead for capability {capability}: every stale winner races")
     waiting = [winner.policy for winner in _unconfirmed(store, present)]

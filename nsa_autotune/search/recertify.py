@@ -114,12 +114,26 @@ def stored_trials(stale: Stale, store: TuningStore) -> list[TrialRecord]:
 
 def compile_candidates(stale: Stale, spec: KernelSpec, store: TuningStore, compiler: CompileAll | None) -> Compiled:
     """Compile a stale winner's best few; without a compiler nothing is known of their code, and all of them race."""
-    trials = [replace(trial, config=spec.completed(trial.config)) for trial in stored_trials(stale, store)]
-    configs = candidates(stale, spec, trials)
-    jobs = [CompileJob(spec.family, stale.winner.problem, config) for config in configs]
-    outcomes = () if compiler is None else compiler(jobs)
+    trials, configs = _trials_and_candidates(stale, spec, store)
+    outcomes = () if compiler is None else compiler(_jobs(stale, configs))
     now = {config_key(outcome.job.config): outcome for outcome in outcomes}
     return Compiled(stale, configs, known_codes(stale, trials), now)
+
+
+def candidate_jobs(stale: Stale, spec: KernelSpec, store: TuningStore) -> list[CompileJob]:
+    """What `compile_candidates` asks the compiler for."""
+    return _jobs(stale, _trials_and_candidates(stale, spec, store)[1])
+
+
+def _trials_and_candidates(
+    stale: Stale, spec: KernelSpec, store: TuningStore
+) -> tuple[list[TrialRecord], list[Config]]:
+    trials = [replace(trial, config=spec.completed(trial.config)) for trial in stored_trials(stale, store)]
+    return trials, candidates(stale, spec, trials)
+
+
+def _jobs(stale: Stale, configs: Sequence[Config]) -> list[CompileJob]:
+    return [CompileJob(stale.winner.family, stale.winner.problem, config) for config in configs]
 
 
 def is_recorded(stale: Stale, store: TuningStore) -> bool:

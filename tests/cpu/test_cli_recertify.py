@@ -18,7 +18,7 @@ from nsa_autotune.db.records import WinnerRecord
 from nsa_autotune.db.store import TuningStore
 from nsa_autotune.dispatch.fingerprint import Fingerprint
 from nsa_autotune.kernels import get_spec
-from nsa_autotune.spec import Config, KernelSpec, Problem
+from nsa_autotune.spec import Config, KernelSpec, Problem, canonical_json
 
 OLD = {"gpu": "Test GPU", "capability": "9.0", "driver": "1", "cuda": "13.0", "torch": "2.11", "triton": "3.6"}
 OLD |= {"assembler": "ptxas 12.8"}
@@ -162,6 +162,22 @@ def test_the_same_code_is_carried_and_the_rest_is_raced_and_confirmed(gpu: type[
     assert f"{FAMILY} T 2048 HQ 64 H 4 d 128 bfloat16: carried" in err
     code, out, _ = run(*COMMAND, "--db", url)
     assert (code, out.strip(), gpu.races) == (0, "nothing is stale", 6)
+
+
+def test_what_all_winners_need_is_compiled_together_and_once(
+    gpu: type[Worker], url: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[list[tuple[int, str]]] = []
+    compile_many = compiles_to(lambda job: "old")
+
+    def counting(specs: Any, jobs: Sequence[CompileJob], *rest: Any) -> Iterator[CompileOutcome]:
+        batches.append([(job.problem["seq_k"], canonical_json(job.config)) for job in jobs])
+        return compile_many(specs, jobs, *rest)
+
+    monkeypatch.setattr("nsa_autotune.codegen.pool.compile_many", counting)
+    assert run(*COMMAND, "--db", url)[0] == 0
+    assert set(verdicts(url).values()) == {"carried"} and len(batches) == 1
+    assert len(set(batches[0])) == len(batches[0]) and {seq for seq, _ in batches[0]} == {2048, 4096, 8192}
 
 
 def test_a_loss_opens_a_search_only_if_it_may(gpu: type[Worker], url: str, run: Run) -> None:
