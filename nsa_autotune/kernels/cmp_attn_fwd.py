@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..spec import ELEMENT_BYTES, Config, Cost, KernelSpec, Problem, Value
 from . import _common as c
+from . import _gluon as g
 from ._lazy import reference
 
 if TYPE_CHECKING:
     from ..layout import PackedLayout
+
+
+def structure(problem: Problem, config: Config) -> dict[str, Any]:
+    """Structural switches."""
+    return {**c.attention_structure(problem, config), **{name: config[name] for name in g.DEFAULTS}}
+
+
+def defaults(problem: Problem) -> Config:
+    """Half-size tiles and pointer loads: works on every GPU from sm_80 on."""
+    return {**c.range_defaults(problem, split_mask=True), **g.DEFAULTS}
 
 
 def constants(problem: Problem, config: Config) -> dict[str, Value]:
@@ -63,15 +73,16 @@ SPEC = KernelSpec(
         c.USE_TMA,
         c.SPLIT_MASK,
         c.LEAN_SOFTMAX,
+        *g.PARAMS,
         c.NUM_WARPS,
         c.NUM_STAGES,
         c.MAXNREG,
     ),
-    constraints=c.TILE_CONSTRAINTS,
+    constraints=(*c.TILE_CONSTRAINTS, *g.constraints(use_tma=True, lean_softmax=True)),
     rules=c.ATTENTION_RULES,
-    defaults=partial(c.range_defaults, split_mask=True),
+    defaults=defaults,
     cost=cost,
-    structure=c.attention_structure,
+    structure=structure,
     constants=constants,
     reference=run_reference,
     cases=c.small_cases(),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import NSAConfig
 from ..spec import ELEMENT_BYTES, Argument, Config, Constraint, Cost, KernelSpec, Param, Problem, Value
 from . import _common as c
+from . import _gluon as g
 from . import _key_major as k
 from ._lazy import reference
 
@@ -21,7 +22,6 @@ TOKENS = {  # a tile's, by loop order; a union has a bit a token
     "pair": (2,),
     k.ORDER: BLOCK_T,
 }
-GLUON: dict[str, Value] = {"loop_order": "union", "use_tma": True, "lean_softmax": True, "swap": False, "carry": False}
 WIDE_GROUP = Problem(  # the group that pair needs, with blocks that only some tokens of a tile chose
     seq_q=70,
     seq_k=70,
@@ -63,8 +63,7 @@ def defaults(problem: Problem) -> Config:
         "split_mask": False,
         "lean_softmax": False,
         "carry": False,
-        "gluon": False,
-        "q_in_registers": False,
+        **g.DEFAULTS,
         **k.defaults(),
         "num_warps": 4 if wide or problem.group_size > 16 else 2,
         "num_stages": 2,
@@ -102,17 +101,6 @@ def cost(problem: Problem, config: Config) -> Cost:
         tile_columns=tile_columns,
     )
     return k.work(problem, config, found, problem.d_qk, problem.d_v) if k.is_on(config) else found
-
-
-def buffers_fit(problem: Problem, config: Config) -> bool:
-    """Key and value tiles of all stages, and q where it takes shared memory."""
-    rows = int(config["num_stages"]) * int(config["BLOCK_N"]) * (problem.d_qk + problem.d_v)
-    q = 0 if config["q_in_registers"] else c.block_m(problem, config) * problem.d_qk
-    return not config["gluon"] or (rows + q) * ELEMENT_BYTES[problem.dtype] <= c.SHARED_LIMIT_BYTES
-
-
-def _gluon_needs(name: str, value: Value) -> Constraint:
-    return Constraint(f"gluon needs {name}={value!r}", lambda p, config: not config["gluon"] or config[name] == value)
 
 
 def run_reference(
@@ -156,8 +144,7 @@ SPEC = KernelSpec(
         replace(c.SPLIT_MASK, former=False),
         c.LEAN_SOFTMAX,
         Param("carry", (False, True), "load the next block one step ahead", structural=True, former=False),
-        Param("gluon", (False, True), "union's loop in Gluon, for Hopper", structural=True, former=False),
-        Param("q_in_registers", (False, True), "gluon's q in registers", structural=True, former=False),
+        *g.PARAMS,
         k.CHUNK,
         k.NUM_RUNS,
         Param("num_warps", (1, 2, 4, 8), "warps of a program", reserve=(16,)),
@@ -178,16 +165,7 @@ SPEC = KernelSpec(
             "pair holds its lists in registers, and key_major carries in any case: nothing to switch",
             lambda p, config: config["loop_order"] in ("query_major", "union") or not config["carry"],
         ),
-        *(_gluon_needs(name, value) for name, value in GLUON.items()),
-        Constraint(
-            "gluon takes 16 rows a warp of 4 or 8 warps, as Hopper's matrix instruction of four warps does",
-            lambda p, config: not config["gluon"] or c.block_m(p, config) == 16 * int(config["num_warps"]) in (64, 128),
-        ),
-        Constraint("gluon's buffers, one for each stage, must fit in 227 KiB of shared memory", buffers_fit),
-        Constraint(
-            "q_in_registers is for gluon: elsewhere the compiler decides",
-            lambda p, config: bool(config["gluon"]) or not config["q_in_registers"],
-        ),
+        *g.constraints(loop_order="union", use_tma=True, lean_softmax=True, swap=False, carry=False),
         *k.constraints("d_v", 1),
         Constraint(
             "split_mask splits one list of blocks, which query_major and union have",

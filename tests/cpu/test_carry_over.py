@@ -93,6 +93,11 @@ CONSTANTS = {"BLOCK": 64}
 @triton.jit(do_not_specialize=["n"])
 def kernel(x, n):
     x + 1
+if True:
+    @gluon.jit
+    def other_kernel(x):
+        x - 3
+    LAYOUTS = {}
 def launch(x):
     """Fills x."""
     # a comment
@@ -107,9 +112,12 @@ def launch(x):
         ("Fills x.", "Fills it.", True),
         ("# a comment", "# another", True),
         ("x + 1", "x + 2", True),
+        ("x - 3", "x - 4", True),
+        ("LAYOUTS = {}", "LAYOUTS = []", False),
         ("shape[0], 2", "shape[0], 4", False),
         ('"BLOCK": 64', '"BLOCK": 32', False),
         ("@triton.jit(", "@other.jit(", False),
+        ("@gluon.jit", "@other.jit", False),
     ],
 )
 def test_host_code_is_all_but_kernels_comments_and_docstrings(old: str, new: str, same: bool) -> None:

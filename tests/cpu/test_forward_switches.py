@@ -103,9 +103,10 @@ def test_a_narrow_tail_multiplies_fewer_keys() -> None:
 def test_gluon_takes_what_its_stand_in_takes(name: str, registers: bool) -> None:
     """The interpreter runs the kernel in Triton: what it checks is the launch and the arguments, not Gluon's loop."""
     tokens = 2 if PROBLEMS[name].group_size > 16 else 4
-    changes = {"loop_order": "union", "BLOCK_T": tokens, "BLOCK_N": 16, "use_tma": True, "lean_softmax": True}
-    config = {**changes, "split_mask": registers, "gluon": True, "q_in_registers": registers, "num_warps": 4}
-    check("slc_attn_fwd", PROBLEMS[name].replace(dtype="float16"), config)
+    changes = {"BLOCK_T": tokens, "BLOCK_N": 16, "use_tma": True, "lean_softmax": True, "split_mask": registers}
+    config = {**changes, "gluon": True, "q_in_registers": registers, "num_warps": 4}
+    check("slc_attn_fwd", PROBLEMS[name].replace(dtype="float16"), {**config, "loop_order": "union"})
+    check("cmp_attn_fwd", PROBLEMS[name].replace(dtype="float16"), config)
 
 
 LEAN = {  # loops with and without a mask, both ways of the products, rows that see nothing
