@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..spec import ELEMENT_BYTES, Argument, Config, Constraint, Cost, Param, Problem, Value
 from . import _common as c
+from . import _gluon as g
 from ._lazy import gradients
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ TILES = (
     Param("BLOCK_T", (1, 2, 4, 8, 16, 32, 64, 128), "query tokens a tile"),
     Param("BLOCK_N", (16, 32, 64, 128), "keys a tile"),
 )
-DQ_PARAMS = (*TILES, c.USE_TMA, c.SPLIT_MASK, NUM_WARPS, NUM_STAGES, c.MAXNREG)
+DQ_PARAMS = (*TILES, c.USE_TMA, c.SPLIT_MASK, *g.DQ, NUM_WARPS, NUM_STAGES, c.MAXNREG)
 DKV_PARAMS = (*TILES, NUM_SPLITS, TMA_QUERIES, SPLIT_QUERIES, DP_FIRST, NUM_WARPS, NUM_STAGES, c.MAXNREG)
 DQ_CONSTRAINTS = (
     c.ROWS_16_TO_128,
@@ -93,6 +94,7 @@ DQ_CONSTRAINTS = (
     Constraint("dq and two tiles of scores must fit in 240 registers a thread", _query_major_registers),
     Constraint("query tiles and pipelined key tiles must fit in 227 KiB of shared memory", _query_major_shared),
     c.TMA_16_BIT,
+    *g.constraints(g.DQ, use_tma=True),
 )
 DKV_TILES = (
     c.ROWS_16_TO_128,
@@ -117,10 +119,16 @@ def dq_defaults(problem: Problem, *, split_mask: bool) -> Config:
         "BLOCK_N": 16 if exact else 32 if wide else 64,
         "use_tma": False,
         "split_mask": split_mask,
+        **g.defaults(g.DQ),
         "num_warps": 8 if exact else 4,
         "num_stages": 2,
         "maxnreg": 0,
     }
+
+
+def dq_structure(problem: Problem, config: Config) -> dict[str, Any]:
+    """Structural switches of dq over ranges of keys."""
+    return {**c.attention_structure(problem, config), **g.structure(g.DQ, config)}
 
 
 def dkv_defaults(problem: Problem, *, split_mask: bool, num_splits: int) -> Config:

@@ -37,7 +37,7 @@ SPEC = KernelSpec(
     rules=c.ATTENTION_RULES,
     defaults=partial(b.dq_defaults, split_mask=True),
     cost=cost,
-    structure=c.attention_structure,
+    structure=b.dq_structure,
     constants=constants,
     reference=b.reference("cmp", "dq"),
     cases=c.small_cases(),

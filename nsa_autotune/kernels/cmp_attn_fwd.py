@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 def structure(problem: Problem, config: Config) -> dict[str, Any]:
     """Structural switches."""
-    return {**c.attention_structure(problem, config), **{name: config[name] for name in g.DEFAULTS}}
+    return {**c.attention_structure(problem, config), **g.structure(g.FORWARD, config)}
 
 
 def defaults(problem: Problem) -> Config:
     """Half-size tiles and pointer loads: works on every GPU from sm_80 on."""
-    return {**c.range_defaults(problem, split_mask=True), **g.DEFAULTS}
+    return {**c.range_defaults(problem, split_mask=True), **g.defaults(g.FORWARD)}
 
 
 def constants(problem: Problem, config: Config) -> dict[str, Value]:
@@ -73,12 +73,12 @@ SPEC = KernelSpec(
         c.USE_TMA,
         c.SPLIT_MASK,
         c.LEAN_SOFTMAX,
-        *g.PARAMS,
+        *g.FORWARD,
         c.NUM_WARPS,
         c.NUM_STAGES,
         c.MAXNREG,
     ),
-    constraints=(*c.TILE_CONSTRAINTS, *g.constraints(use_tma=True, lean_softmax=True)),
+    constraints=(*c.TILE_CONSTRAINTS, *g.constraints(g.FORWARD, use_tma=True, lean_softmax=True)),
     rules=c.ATTENTION_RULES,
     defaults=defaults,
     cost=cost,

@@ -47,8 +47,8 @@ def constants(problem: Problem, config: Config) -> dict[str, Value]:
 
 def structure(problem: Problem, config: Config) -> dict[str, Any]:
     """Structural switches, the loop order among them."""
-    names = ("loop_order", "carry", "gluon", "q_in_registers")
-    return {**c.attention_structure(problem, config), **{name: config[name] for name in names}}
+    own = {"loop_order": config["loop_order"], "carry": config["carry"], **g.structure(g.FORWARD, config)}
+    return {**c.attention_structure(problem, config), **own}
 
 
 def defaults(problem: Problem) -> Config:
@@ -63,7 +63,7 @@ def defaults(problem: Problem) -> Config:
         "split_mask": False,
         "lean_softmax": False,
         "carry": False,
-        **g.DEFAULTS,
+        **g.defaults(g.FORWARD),
         **k.defaults(),
         "num_warps": 4 if wide or problem.group_size > 16 else 2,
         "num_stages": 2,
@@ -144,7 +144,7 @@ SPEC = KernelSpec(
         replace(c.SPLIT_MASK, former=False),
         c.LEAN_SOFTMAX,
         Param("carry", (False, True), "load the next block one step ahead", structural=True, former=False),
-        *g.PARAMS,
+        *g.FORWARD,
         k.CHUNK,
         k.NUM_RUNS,
         Param("num_warps", (1, 2, 4, 8), "warps of a program", reserve=(16,)),
@@ -165,7 +165,7 @@ SPEC = KernelSpec(
             "pair holds its lists in registers, and key_major carries in any case: nothing to switch",
             lambda p, config: config["loop_order"] in ("query_major", "union") or not config["carry"],
         ),
-        *g.constraints(loop_order="union", use_tma=True, lean_softmax=True, swap=False, carry=False),
+        *g.constraints(g.FORWARD, loop_order="union", use_tma=True, lean_softmax=True, swap=False, carry=False),
         *k.constraints("d_v", 1),
         Constraint(
             "split_mask splits one list of blocks, which query_major and union have",

@@ -35,7 +35,7 @@ SPEC = KernelSpec(
     rules=c.ATTENTION_RULES,
     defaults=partial(b.dq_defaults, split_mask=False),
     cost=cost,
-    structure=c.attention_structure,
+    structure=b.dq_structure,
     constants=constants,
     reference=b.reference("win", "dq"),
     cases=c.small_cases(),
