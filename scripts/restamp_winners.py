@@ -3,8 +3,9 @@
     python scripts/restamp_winners.py [--main-kernel]
 
 A winner's readable source lies in kernels_generated/winners/<arch>. Where the present template, with the former values
-of parameters that came since, renders the same code, the row of tuning_db/<arch>.jsonl gets the present digest and the
-source is written anew. Where one renders other code, its table stays as it is: it has to be measured again.
+of parameters that came since, renders the same code, or compiles to the machine code that was measured (with the Triton
+that measured it on PYTHONPATH), the row of tuning_db/<arch>.jsonl gets the present digest and the source is written
+anew. Where one renders other code, its table stays as it is: it has to be measured again.
 With --main-kernel only the kernel named after the family and its constants are compared: after a change of helpers,
 which a config does not choose, winners are still worth serving; their times stay those of before.
 """
@@ -20,9 +21,13 @@ from pathlib import Path
 
 from ship_winners import TUNING_DB, proven, write_shipped
 
+from nsa_autotune.codegen.compile import compile_variant
 from nsa_autotune.codegen.golden import WINNERS_DIR
+from nsa_autotune.codegen.host_code import launch_sha
 from nsa_autotune.codegen.render import render, template_digest
+from nsa_autotune.codegen.target import SHARED_LIMITS_BYTES, target_of_capability
 from nsa_autotune.db import TuningStore, WinnerRecord
+from nsa_autotune.errors import NSAError
 from nsa_autotune.kernels import all_specs
 from nsa_autotune.search.drift import completed_winner
 from nsa_autotune.spec import KernelSpec, Problem
@@ -59,13 +64,27 @@ def restamped(
     now, problem = completed_winner(winner, spec), Problem.from_dict(winner.problem)
     if spec.broken_constraint(problem, now.config) is not None:
         return None
-    wanted = code_of(render(spec, problem, now.config).source, kernel)
+    wanted = render(spec, problem, now.config).source
     for source in sources:
         head = head_of(source)
         measured = (head.get("template digest"), json.loads(head.get("config", "null")))
-        if measured == (winner.template_digest, winner.config) and code_of(source, kernel) == wanted:
+        if measured != (winner.template_digest, winner.config):
+            continue
+        same_text = code_of(source, kernel) == code_of(wanted, kernel)
+        if same_text or (launch_sha(source) == launch_sha(wanted) and compiles_alike(now, spec, problem)):
             return replace(now, template_digest=template_digest(spec))
     return None
+
+
+def compiles_alike(winner: WinnerRecord, spec: KernelSpec, problem: Problem) -> bool:
+    """True if the machine code that was measured is what the present template compiles to here."""
+    stored, target = (winner.resources or {}).get("binary_sha"), target_of_capability(winner.fingerprint["capability"])
+    if not stored or target not in SHARED_LIMITS_BYTES:
+        return False
+    try:
+        return compile_variant(spec, problem, winner.config, target).binary_sha == stored
+    except NSAError:
+        return False
 
 
 def restamp(table: Path, folder: Path, main_kernel: bool = False) -> tuple[int, list[str]]:

@@ -94,8 +94,8 @@ DQ_CONSTRAINTS = (
     Constraint("dq and two tiles of scores must fit in 240 registers a thread", _query_major_registers),
     Constraint("query tiles and pipelined key tiles must fit in 227 KiB of shared memory", _query_major_shared),
     c.TMA_16_BIT,
-    *g.constraints(g.DQ, use_tma=True),
 )
+RANGE_DQ_CONSTRAINTS = (*DQ_CONSTRAINTS, *g.constraints(g.DQ, use_tma=True))
 DKV_TILES = (
     c.ROWS_16_TO_128,
     c.NO_IDLE_TOKENS,

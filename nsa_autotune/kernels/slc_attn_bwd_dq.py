@@ -8,6 +8,7 @@ from typing import Any
 from ..spec import Argument, Config, Constraint, Cost, KernelSpec, Param, Problem, Value
 from . import _backward as b
 from . import _common as c
+from . import _gluon as g
 from . import _key_major as k
 
 BLOCK_T = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -26,7 +27,7 @@ def constants(problem: Problem, config: Config) -> dict[str, Value]:
 
 def structure(problem: Problem, config: Config) -> dict[str, Any]:
     """Structural switches, the loop order among them."""
-    return {**c.attention_structure(problem, config), "loop_order": config["loop_order"]}
+    return {**c.attention_structure(problem, config), "loop_order": config["loop_order"], **g.structure(g.DQ, config)}
 
 
 def defaults(problem: Problem) -> Config:
@@ -39,6 +40,7 @@ def defaults(problem: Problem) -> Config:
         "swap": False,
         "use_tma": False,
         "split_mask": False,
+        **g.defaults(g.DQ),
         **k.defaults(),
         "num_warps": 4,
         "num_stages": 2,
@@ -79,6 +81,7 @@ SPEC = KernelSpec(
         replace(c.SWAP, former=False),
         c.USE_TMA,
         replace(c.SPLIT_MASK, former=False),
+        *g.DQ,
         k.CHUNK,
         k.NUM_RUNS,
         Param("num_warps", (1, 2, 4, 8), "warps of a program", reserve=(16,)),
@@ -95,6 +98,7 @@ SPEC = KernelSpec(
             "BLOCK_N must divide select_block_size (l')",
             lambda p, config: p.nsa.select_block_size % int(config["BLOCK_N"]) == 0,
         ),
+        *g.constraints(g.DQ, loop_order="union", use_tma=True, swap=False),
         *k.constraints("d_qk", 2),
     ),
     rules=(*c.ATTENTION_RULES, *c.SELECTION_RULES),

@@ -31,7 +31,7 @@ SPEC = KernelSpec(
     problem_fields=b.ATTENTION_FIELDS,
     nsa_fields=("window_size",),
     params=b.DQ_PARAMS,
-    constraints=b.DQ_CONSTRAINTS,
+    constraints=b.RANGE_DQ_CONSTRAINTS,
     rules=c.ATTENTION_RULES,
     defaults=partial(b.dq_defaults, split_mask=False),
     cost=cost,

@@ -136,11 +136,17 @@ def _default_pairs(spec: KernelSpec, cases: list[Problem]) -> Iterator[tuple[Pro
 
 
 def structural_variants(space: ConfigSpace) -> Iterator[Config]:
-    """The default with each other value of each structural parameter, one other parameter changed if it must be."""
+    """The default with each other value of each structural parameter, others changed as far as they must be.
+
+    Where a value needs a switch that is off by default, the variants before have it on.
+    """
     default = space.spec.default_config(space.problem)
+    found = [default]
     for param in space.spec.params:
         for value in param.values if param.structural else ():
             if value != default[param.name]:
-                variant = space.repair({**default, param.name: value}, keep=param.name)
+                tries = (space.repair({**base, param.name: value}, keep=param.name) for base in (default, *found[::-1]))
+                variant = next((config for config in tries if config is not None), None)
                 if variant is not None:
+                    found.append(variant)
                     yield variant

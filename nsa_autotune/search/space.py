@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 import random
@@ -16,6 +17,7 @@ from ..spec import Config, KernelSpec, Param, Problem, Value, canonical_json
 SCAN_LIMIT = 200_000  # points looked at before a space counts as too large to enumerate
 SAMPLE_TRIES = 300  # random points tried before it is walked from the default config
 WALKS, WALK_STEPS = 40, 4  # walks before a space counts as exhausted; steps of a walk for each parameter
+REPAIR_STEPS = 12  # configs from which a legal one is looked for, before there is none
 
 
 def config_key(config: Mapping[str, Value]) -> str:
@@ -90,7 +92,7 @@ class ConfigSpace:
         movable = [param for param in self.spec.params if len(param.values) > 1]
         for _ in range(WALK_STEPS * len(movable)):
             param = rng.choice(movable)
-            config = self.repair({**config, param.name: rng.choice(param.values)}, keep=param.name) or config
+            config = self.repair({**config, param.name: rng.choice(param.values)}, param.name, steps=1) or config
         return config
 
     def neighbours(self, config: Config) -> Iterator[Config]:
@@ -117,23 +119,27 @@ class ConfigSpace:
             if step is not None:
                 yield step
 
-    def repair(self, config: Config, keep: str = "", seen: Collection[str] = ()) -> Config | None:
-        """The config if it is legal and unseen, else the first one with few other values (not of `keep`) that is.
+    def repair(
+        self, config: Config, keep: str = "", seen: Collection[str] = (), steps: int = REPAIR_STEPS
+    ) -> Config | None:
+        """The config if it is legal and unseen, else the first one found with other values (not of `keep`) that is.
 
-        Value by value, each the one that leaves the fewest constraints broken, as long as that helps; mostly one does.
+        Of what was reached by changing single values, what breaks the fewest constraints is changed next.
         """
         if self.is_legal(config) and config_key(config) not in seen:
             return config
-        broken = self._broken(config)
-        while True:
-            moves = list(self._moves(config, keep))
-            for moved in moves:
-                if self.is_legal(moved) and config_key(moved) not in seen:
-                    return moved
-            best = min(moves, key=self._broken, default=config)
-            if self._broken(best) >= broken:
+        order = itertools.count()  # of equals, what was found first
+        reached, waiting = {config_key(config)}, [(self._broken(config), next(order), config)]
+        for _ in range(steps):
+            if not waiting:
                 return None
-            config, broken = best, self._broken(best)
+            for moved in self._moves(heapq.heappop(waiting)[2], keep):
+                if (key := config_key(moved)) not in reached:
+                    if self.is_legal(moved) and key not in seen:
+                        return moved
+                    reached.add(key)
+                    heapq.heappush(waiting, (self._broken(moved), next(order), moved))
+        return None
 
     def _moves(self, config: Config, keep: str) -> Iterator[Config]:
         """The config with one other value of any parameter but `keep`, near values first."""

@@ -189,4 +189,4 @@ class ConfigSearch:
             finally:
                 for trial in refused:
                     self._study.tell(trial, state=TrialState.FAIL)
-        return self.space.repair(config, seen=self._seen)
+        return self.space.repair(config, seen=self._seen, steps=1)

@@ -109,6 +109,17 @@ def test_gluon_takes_what_its_stand_in_takes(name: str, registers: bool) -> None
     check("cmp_attn_fwd", PROBLEMS[name].replace(dtype="float16"), config)
 
 
+@pytest.mark.parametrize("registers", [False, True], ids=["shared", "registers"])
+@pytest.mark.parametrize("name", ["random", "odd_group_packed", "odd_n"])
+def test_gluon_takes_what_its_stand_in_takes_for_dq(name: str, registers: bool) -> None:
+    tokens = 2 if PROBLEMS[name].group_size > 16 else 4
+    changes = {"BLOCK_T": tokens, "BLOCK_N": 16, "use_tma": True, "num_warps": 4, "split_mask": registers}
+    config = {**changes, "gluon": True, "do_in_registers": registers, "q_in_registers": registers}
+    for family in ("cmp_attn_bwd_dq", "win_attn_bwd_dq"):
+        check(family, PROBLEMS[name].replace(dtype="float16"), config)
+    check("slc_attn_bwd_dq", PROBLEMS[name].replace(dtype="float16"), {**config, "loop_order": "union"})
+
+
 LEAN = {  # loops with and without a mask, both ways of the products, rows that see nothing
     "cmp_attn_fwd": {"split_mask": True},
     "win_attn_fwd": {"split_mask": True, "BLOCK_N": 32, "narrow_tail": True},

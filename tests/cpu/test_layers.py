@@ -22,6 +22,7 @@ ROWS = (
         "files",
         "plain",
         "spec",
+        "cores",
     ),
     ("codegen", "db"),
     ("kernels",),

@@ -20,6 +20,7 @@ def test_only_the_code_that_was_measured_is_restamped(monkeypatch: pytest.Monkey
     monkeypatch.syspath_prepend(str(SCRIPTS))
     script = importlib.import_module("restamp_winners")
     spec = get_spec("win_attn_fwd")
+    monkeypatch.setattr(script, "compiles_alike", lambda *_: False)
     with TuningStore("sqlite://") as store:
         now = next(w for w in store.winners(family="win_attn_fwd") if not w.config["narrow_tail"])
     source = render(spec, Problem.from_dict(now.problem), now.config).source
@@ -34,6 +35,9 @@ def test_only_the_code_that_was_measured_is_restamped(monkeypatch: pytest.Monkey
     helper = text + "\n\ndef a_helper():\n    return 1\n"
     assert script.restamped(old, spec, [helper]) is None and script.restamped(old, spec, [helper], True) == kept
     assert script.restamped(old, spec, [text.replace("tl.exp2(", "tl.exp(")], True) is None
+    monkeypatch.setattr(script, "compiles_alike", lambda *_: True)  # other text, the same machine code
+    assert script.restamped(old, spec, [text.replace("tl.exp2(", "tl.exp(")]) == kept
+    assert script.restamped(old, spec, [text.replace("warmup=False", "warmup=True")]) is None, "other host code"
 
 
 def test_the_trial_that_proves_a_winner_ships_and_is_restamped_with_it(
