@@ -111,6 +111,14 @@ def check_scratch_and_two_kernels(driver: Any) -> None:
     same_as_tritons(driver, "slc_attn_fwd", 2, loop_order="union", BLOCK_T=4, use_tma=True)
 
 
+def check_kernels_in_gluon_are_launched_alike(driver: Any) -> None:
+    """Their descriptors carry the layout of the kernel's buffers."""
+    held = {"gluon": True, "use_tma": True, "BLOCK_T": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+    same_as_tritons(driver, "cmp_attn_fwd", 1, lean_softmax=True, q_in_registers=True, **held)
+    same_as_tritons(driver, "slc_attn_fwd", 2, loop_order="union", lean_softmax=True, **held)
+    same_as_tritons(driver, "cmp_attn_bwd_dq", 1, do_in_registers=True, **held)
+
+
 def check_operators_between_kernels(driver: Any) -> None:
     same_as_tritons(driver, "slc_attn_bwd_dkv", 7)
     same_as_tritons(driver, "slc_attn_fwd", 5, loop_order="key_major")

@@ -28,7 +28,7 @@ from nsa_autotune.spec import Problem
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 FORWARD = RESULTS / "2026-11-24-h100-80gb-hbm3-forward.json"
-DECODE = RESULTS / "2026-11-29-h200-decode.json"
+DECODE = RESULTS / "2026-11-30-h200-decode.json"
 LARGEST_BYTES = 2_000_000  # of the page of the shipped database
 
 
