@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dispatch_raw import raw_launch
 from forward import gpu_slug, without_places, write_page
 
 from nsa_autotune import KVCache, NativeSparseAttention, NSAConfig, nsa_attention
@@ -34,7 +35,7 @@ from nsa_autotune.codegen.load import load
 from nsa_autotune.codegen.render import render
 from nsa_autotune.dispatch.dispatcher import Dispatcher
 from nsa_autotune.dispatch.fingerprint import current, for_target
-from nsa_autotune.dispatch.triton_launch import CannotPrepareError
+from nsa_autotune.dispatch.triton_launch import CannotPrepareError, active_device
 from nsa_autotune.kernels import get_spec
 from nsa_autotune.ops import checks, serve
 from nsa_autotune.ops.append import append
@@ -69,6 +70,7 @@ NOTES = (
     "Samples of all lines are taken in turns.",
     "lookup: the table's answer for a ready key. key and lookup: also the key's making, as the operators do it.",
     "prepared: Dispatcher.launch, lookup included. Triton's own: the generated launch function as it stands.",
+    "C launcher alone: arguments ready, scratch kept; a GPU's driver is part of it. The rest of prepared is Python's.",
     "Nothing is tuned here, so a prepared launch is also counted as a miss; one of an exact winner is not.",
     "Some launches also allocate scratch or run PyTorch operators between kernels; both ways pay for them.",
     "nsa_attention and module: forward without gradients; on a CPU their matrix products and PyTorch operators run.",
@@ -183,6 +185,8 @@ def lookup_lines(device: torch.device) -> list[Line]:
 def kernel_lines(device: torch.device) -> list[Line]:
     """Each variant launched both ways."""
     lines: list[Line] = []
+    index, stream_of = active_device()
+    stream = stream_of(index)
     for family, changes, kernels in VARIANTS:
         spec = get_spec(family)
         problem = problem_of(spec)
@@ -198,6 +202,8 @@ def kernel_lines(device: torch.device) -> list[Line]:
             Line(f"{name}: prepared", prepared, kernels, LAUNCH_MARK_US),
             Line(f"{name}: Triton's own", partial(launch, **given), kernels),
         ]
+        alone = raw_launch(launch, given, stream)
+        lines += [] if alone is None else [Line(f"{name}: C launcher alone", alone, kernels)]
     return lines
 
 

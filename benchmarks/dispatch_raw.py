@@ -1,0 +1,46 @@
+"""The kernels of a launch by Triton's C launcher alone, arguments ready: what no Python in front of it can save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsa_autotune.dispatch.recording import AllocationStep, KernelStep, Mapped, Place, record
+
+
+def raw_launch(launch: FunctionType, arguments: Mapping[str, Any], stream: int) -> Callable[[], object] | None:
+    """Launches every kernel of the call again; None where PyTorch operators run between them."""
+    tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+    calls: list[Callable[[], object]] = []
+    for step in record(launch, arguments).steps:
+        if isinstance(step, AllocationStep):
+            tensors.append(torch.empty(step.shape, dtype=step.dtype, device=step.device))
+        elif isinstance(step, KernelStep):
+            calls.append(_ready(step, tensors, stream))
+        else:
+            return None
+
+    def again() -> None:
+        for call in calls:
+            call()
+
+    again.tensors = tensors  # type: ignore[attr-defined]  # their memory is theirs as long as they are launched with
+    return again
+
+
+def _ready(step: KernelStep, tensors: list[Tensor], stream: int) -> Callable[[], object]:
+    values = [_value(value, tensors) for value in step.arguments]
+    given = values if step.launcher.flat else [tuple(values)]
+    return partial(step.launcher.raw, *step.grid, stream, *step.launcher.middle, *given)
+
+
+def _value(value: Any, tensors: list[Tensor]) -> Any:
+    """An address, a tensor map or a constant."""
+    if isinstance(value, Mapped):
+        return value.tensor_map.at(tensors[value.place.number].data_ptr())
+    return tensors[value.number].data_ptr() if isinstance(value, Place) else value
