@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shlex
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -25,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dispatch_machine import machine
 from dispatch_raw import raw_launch
-from forward import gpu_slug, without_places, write_page
+from forward import without_places, write_page
 
 from nsa_autotune import KVCache, NativeSparseAttention, NSAConfig, nsa_attention
 from nsa_autotune.cli.bench_report import markdown_table
@@ -34,10 +31,10 @@ from nsa_autotune.codegen.compile import meta_arguments
 from nsa_autotune.codegen.load import load
 from nsa_autotune.codegen.render import render
 from nsa_autotune.dispatch.dispatcher import Dispatcher
-from nsa_autotune.dispatch.fingerprint import current, for_target
+from nsa_autotune.dispatch.fingerprint import for_target
 from nsa_autotune.dispatch.triton_launch import CannotPrepareError, active_device
 from nsa_autotune.kernels import get_spec
-from nsa_autotune.ops import checks, serve
+from nsa_autotune.ops import serve
 from nsa_autotune.ops.append import append
 from nsa_autotune.ops.decode import decode_attention
 from nsa_autotune.spec import KernelSpec, Problem
@@ -116,40 +113,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--calls", type=int, default=20, help="few, as kernels alternate in a model")
     parser.add_argument("--folder", type=Path, default=RESULTS)
     return parser.parse_args(arguments)
-
-
-@contextmanager
-def machine() -> Iterator[tuple[torch.device, dict[str, str]]]:
-    """The device to launch on and its facts: a GPU, or the CPU's memory and a stub."""
-    import triton
-
-    versions = {"torch, Triton": f"{torch.__version__}, {triton.__version__}", "Python": platform.python_version()}
-    if torch.cuda.is_available():
-        here = current("cuda:0")
-        gpu = {"GPU": here.gpu, "driver, CUDA": f"{here.driver}, {here.cuda}", "slug": gpu_slug(here.gpu)}
-        yield torch.device("cuda:0"), {**gpu, **versions}
-        return
-    import stub_cuda
-
-    with tempfile.TemporaryDirectory() as folder, serving_cpu_tensors():
-        stub_cuda.build(Path(folder))
-        stub_cuda.StubDriver().install()
-        load_1m = os.getloadavg()[0]
-        stub = {"GPU": f"none: stub driver, kernels compiled for cuda:{stub_cuda.CAPABILITY}", "slug": "cpu-stub"}
-        cores = f"{os.cpu_count()}, load average {load_1m:.1f} at the start"
-        yield torch.device("cpu"), {**stub, "CPU cores": cores, **versions}
-
-
-@contextmanager
-def serving_cpu_tensors() -> Iterator[None]:
-    """Within it, tensors of the CPU take the way of CUDA tensors."""
-    kept = serve.on_kernels, torch.cuda.current_device, checks.values_are_known
-    serve.on_kernels, torch.cuda.current_device = (lambda x: True), (lambda: None)  # torch.device("cpu").index
-    checks.values_are_known = lambda x: False  # a GPU's are not looked at
-    try:
-        yield
-    finally:
-        serve.on_kernels, torch.cuda.current_device, checks.values_are_known = kept
 
 
 def dispatcher(device: torch.device, prepared: bool = True) -> Dispatcher:

@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The script as a module."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    for name in ("dispatch", "forward", "stub_cuda"):
+    for name in ("dispatch", "dispatch_machine", "dispatch_raw", "forward", "stub_cuda"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import dispatch
 
