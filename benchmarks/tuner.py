@@ -2,7 +2,8 @@
 
 Tunes one problem of each family --retunes times, each time from another seed into an empty database, and writes
 `results/<date>-<gpu>-tuner.md` and `.json`: how often the winner was the first run's or a member of its tie set, how
-far apart the winners' times are, what a run took, and how long the GPU waited for compilers meanwhile.
+far apart the winners' times are, what a run took, and how long the GPU waited for compilers meanwhile. With --replay
+the problems are those of recorded spaces, and no GPU is needed (`-tuner-replayed`); drift between runs is not met then.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from forward import RESULTS, gpu_slug, without_places, write_page
 from nsa_autotune.bench.worker import MeasureWorker
 from nsa_autotune.cli.console import errors
 from nsa_autotune.cli.options import ProblemChoice, choose_specs, split
+from nsa_autotune.cli.replay import load_spaces
 from nsa_autotune.cores import usable_cores
 from nsa_autotune.db.records import utc_now
 from nsa_autotune.db.store import TuningStore
@@ -32,6 +34,8 @@ from nsa_autotune.search.ahead import compile_ahead
 from nsa_autotune.search.budget import Budget, parse_budget
 from nsa_autotune.search.presets import tuning_problems
 from nsa_autotune.search.progress import Effort, NullProgress, Outcome
+from nsa_autotune.search.recorded import RecordedSpace
+from nsa_autotune.search.replay import ReplayClock, ReplayMeasurer, ReplayPreparer
 from nsa_autotune.search.space import config_key
 from nsa_autotune.search.tuner import tune_problem
 from nsa_autotune.spec import Config, KernelSpec, Problem
@@ -167,7 +171,7 @@ def page(found: Sequence[Repeated], facts: dict[str, str], command: str, budget:
 def measure(options: argparse.Namespace) -> tuple[list[Repeated], dict[str, str], Budget]:
     """Tune everything on the device."""
     here, budget = current(options.device), parse_budget(options.budget)
-    specs = choose_specs(split([options.families]))
+    specs = choose_specs(split([options.families or "win_attn_fwd"]))
     problems = list(ProblemChoice(options.preset, options.seq).problems(options.preset))
     found = []
     with MeasureWorker(options.device) as worker, compile_ahead(here.capability, options.jobs) as preparer:
@@ -183,12 +187,30 @@ def measure(options: argparse.Namespace) -> tuple[list[Repeated], dict[str, str]
     return found, {**here.to_dict(), "date": utc_now()[:10]}, budget
 
 
+def replayed(options: argparse.Namespace) -> tuple[list[Repeated], dict[str, str], Budget]:
+    """Tune every recorded space; the seconds of a run are those of the machine at hand."""
+    budget, found = parse_budget(options.budget), []
+    spaces = load_spaces([options.replay], None, split([options.families]), None)
+    for space in spaces:
+
+        def tune(seed: int, space: RecordedSpace = space) -> Run | None:
+            clock = ReplayClock()
+            how = {"measurer": ReplayMeasurer(space, seed, clock), "preparer": ReplayPreparer(space, clock)}
+            how |= {"fingerprint": space.fingerprint, "clock": clock, "digest_of": lambda _: space.template_digest}
+            return tune_once(space.spec, space.problem, seed, budget, **how)
+
+        found.append(repeat(tune, options.retunes, space.family.family, space.problem))
+        errors().print(" | ".join(row(found[-1])[:6]), markup=False)
+    return found, {**spaces[0].fingerprint, "date": utc_now()[:10]}, budget
+
+
 def main(arguments: Sequence[str]) -> int:
     """Measure, print and write; 0 if every problem's runs agree, 1 if not, 2 after a mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="gqa16-d128")
     parser.add_argument("--seq", default="8k")
-    parser.add_argument("--families", default="win_attn_fwd")
+    parser.add_argument("--families", default="", help="win_attn_fwd if none, with --replay all of the file")
+    parser.add_argument("--replay", type=Path, metavar="FILE", help="an export with the trials of whole spaces")
     parser.add_argument("--retunes", type=int, default=20)
     parser.add_argument("--budget", default="quick")
     parser.add_argument("--jobs", type=int, default=usable_cores())
@@ -197,7 +219,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)  # fail before measuring, not after
     try:
-        found, facts, budget = measure(options)
+        found, facts, budget = replayed(options) if options.replay else measure(options)
     except NSAError as error:
         errors().print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 2
@@ -205,7 +227,8 @@ def main(arguments: Sequence[str]) -> int:
     text = page(found, facts, command, str(budget))
     print(text)
     data = json.dumps({"facts": facts, "command": command, "runs": [asdict(r) for r in found]}, indent=1)
-    for path in write_page(options.folder / f"{facts['date']}-{gpu_slug(facts['gpu'])}-tuner", text, data + "\n"):
+    stem = f"{facts['date']}-{gpu_slug(facts['gpu'])}-tuner{'-replayed' if options.replay else ''}"
+    for path in write_page(options.folder / stem, text, data + "\n"):
         print(path)
     return int(not agree(found))
 

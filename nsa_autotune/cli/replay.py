@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +30,9 @@ Row = dict[str, Any]
 
 
 def replay(
-    files: Annotated[list[Path] | None, typer.Argument(help="Exports with trials; the database if none.")] = None,
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="Exports with trials (or .gz); the database if none.")
+    ] = None,
     families: Annotated[list[str] | None, typer.Option("--families", help="Kernels to replay; all if none.")] = None,
     gpu: Annotated[str | None, typer.Option("--gpu", help="A part of the GPU's name.")] = None,
     budgets: Annotated[
@@ -94,8 +98,10 @@ def _records(files: Sequence[Path], db: str | None) -> Iterable[TrialRecord]:
     for path in files:
         try:
             content = path.read_bytes()
-        except OSError as error:
-            raise InvalidInput("the file cannot be read", {"path": str(path), "reason": error.strerror}) from error
+            content = gzip.decompress(content) if path.suffix == ".gz" else content
+        except (OSError, EOFError, zlib.error) as error:  # gzip's own errors are OSErrors
+            values = {"path": str(path), "reason": getattr(error, "strerror", None) or str(error)}
+            raise InvalidInput("the file cannot be read", values) from error
         found += [record for record in parse_lines(content, str(path)) if isinstance(record, TrialRecord)]
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 from collections.abc import Callable
@@ -318,6 +319,21 @@ def test_the_command_prints_tables(export: Path, capsys: pytest.CaptureFixture[s
     out = " ".join(capsys.readouterr().out.split())
     assert "replayed searches" in out and "T 16384 HQ 64 H 4 d 128 bfloat16" in out and "all" in out
     assert "a config within 5% of the best is among the model's first 16 in" in out and "of 2 spaces" in out
+
+
+def test_a_packed_export_is_read_as_it_was(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    packed, cut = export.with_suffix(".jsonl.gz"), export.with_name("cut.gz")
+    packed.write_bytes(gzip.compress(export.read_bytes()))
+    line = ["--budgets", "5%", "--methods", "random", "--repeats", "1", "--format", "json"]
+    assert main(["replay", str(export), *line]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert main(["replay", str(packed), *line]) == 0
+    assert json.loads(capsys.readouterr().out) == plain
+    for content in (packed.read_bytes()[:-9], b"junk", b""):
+        cut.write_bytes(content)
+        assert main(["replay", str(cut), *line]) == 2
+        told = " ".join(capsys.readouterr().err.split())
+        assert "cannot be read" in told or "no recorded space" in told
 
 
 def test_a_database_is_replayed_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
