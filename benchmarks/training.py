@@ -8,6 +8,7 @@ With --module also NativeSparseAttention with its projections, learned compressi
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import shlex
 import sys
@@ -233,7 +234,8 @@ def long_context(tokens: int, stage: str, dtype: str, bench: Bench, phi: str) ->
 
 
 def free(device: torch.device) -> None:
-    """Give back what the last measurement held."""
+    """Give back what the last measurement held, what only a cycle of references keeps too."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -135,6 +136,7 @@ def peak_bytes(call: Fn, device: torch.device) -> int | None:
     if device.type != "cuda":
         call()
         return None
+    gc.collect()  # what is freed during the call would be taken off its peak
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)

@@ -112,10 +112,14 @@ def in_chunks(q: Tensor, num_keys: int, positions: Tensor, span: Span, chunk: Ch
 
 
 def scaled_scores(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
-    """q k^T scale, by default with scale = 1 / sqrt(D_QK): `[B, H, G, TQ, TK]` in the dtype of the softmax."""
+    """q k^T scale, by default with scale = 1 / sqrt(D_QK): `[B, H, G, TQ, TK]`, in the dtype of the softmax throughout.
+
+    A product of float16 overflows beyond 65504 before it is scaled.
+    """
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     grouped = q.unflatten(2, (k.shape[2], -1))  # [B, TQ, H, G, D_QK]
-    return torch.einsum("bqhgd,bkhd->bhgqk", grouped, k).to(softmax_dtype(q)) * scale
+    wide = softmax_dtype(q)
+    return torch.einsum("bqhgd,bkhd->bhgqk", grouped.to(wide), k.to(wide)) * scale
 
 
 def softmax_dtype(x: Tensor) -> torch.dtype:

@@ -45,7 +45,7 @@ def recertify(
     if goal is not None and not dry_run:
         rule = "recertifying measures: without a CUDA device, or with --target, it needs --dry-run"
         remedy = f"Write `nsa-autotune recertify --dry-run --target {goal}` to see what would carry over."
-        raise InvalidInput(rule, {"--target": target}, remedy)
+        raise InvalidInput(rule, {"--target": target or f"none, and {device} is no CUDA device here"}, remedy)
     if gpu and goal is None:
         raise InvalidInput("--gpu goes with --target", {"--gpu": gpu}, "A GPU at hand is named by --device.")
     run = Run(chosen, parse_budget(budget) if search else None, db, device, goal, gpu, jobs or usable_cores())

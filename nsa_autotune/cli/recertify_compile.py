@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..spec import KernelSpec, canonical_json
@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from ..search.recertify import CompileAll
 
 
-def find_compiler(target: str, processes: int, ahead: Sequence[CompileJob]) -> CompileAll | None:
+def find_compiler(
+    target: str, processes: int, ahead: Sequence[CompileJob], say: Callable[[str], None]
+) -> CompileAll | None:
     """Compiles for the target in child processes, `ahead` with whatever is asked for first; None for unknown targets.
 
-    One after the other, each winner would wait for the slowest of a few.
+    One after the other, each winner would wait for the slowest of a few. `say` is told how far it is.
     """
     from ..codegen import pool
     from ..codegen.target import SHARED_LIMITS_BYTES
@@ -32,7 +34,10 @@ def find_compiler(target: str, processes: int, ahead: Sequence[CompileJob]) -> C
         if any(_name(job) not in known for job in wanted):
             missing = {_name(job): job for job in (*wanted, *ahead) if _name(job) not in known}
             outcomes = pool.compile_many(dict(all_specs()), list(missing.values()), target, processes, TIMEOUT_S)
-            known.update((_name(outcome.job), outcome) for outcome in outcomes)
+            say(f"compiling {len(missing)} configs")
+            for done, outcome in enumerate(outcomes, 1):
+                known[_name(outcome.job)] = outcome
+                say(f"compiled {done} of {len(missing)} configs")
         return iter([known[_name(job)] for job in wanted])
 
     return compile_all

@@ -93,15 +93,19 @@ def forecast(run: Run) -> int:
         present = find_present(run)
         stale = find_stale(run, store, present)
         target = run.target or target_of_capability(present.here["capability"])
-        compiler = find_compiler(target, run.jobs, jobs_of(stale, present.specs, store))
-        with TuneDisplay(errors(), len(stale)) as display:
-            for number, item in enumerate(stale, 1):
-                display.say(f"{number}/{len(stale)} compiling {_text(item.winner)}")
-                useful = compiler if recertify.is_recorded(item, store) else None
-                compiled = recertify.compile_candidates(item, present.specs[item.winner.family], store, useful)
-                machine = item.winner.fingerprint["gpu"]
-                told = (item.reason, recertify.forecast(compiled), item.winner.median_us)
-                rows.append((*_head(item.winner), machine, *told))
+        display = TuneDisplay(errors(), len(stale))
+        compiler = find_compiler(target, run.jobs, jobs_of(stale, present.specs, store), display.say)
+        try:
+            with display:
+                for item in stale:
+                    useful = compiler if recertify.is_recorded(item, store) else None
+                    compiled = recertify.compile_candidates(item, present.specs[item.winner.family], store, useful)
+                    machine = item.winner.fingerprint["gpu"]
+                    told = (item.reason, recertify.forecast(compiled), item.winner.median_us)
+                    rows.append((*_head(item.winner), machine, *told))
+        except KeyboardInterrupt:
+            errors().print("stopped; what was compiled is kept in Triton's cache", style="yellow", soft_wrap=True)
+            return EXIT_INTERRUPTED
     if not rows:
         output().print(NOTHING_STALE)
         return 0
@@ -144,7 +148,7 @@ def measure(
 
     capability = present.here["capability"]
     ahead = jobs_of(stale, present.specs, store)
-    compiler = find_compiler(target_of_capability(capability), run.jobs, ahead)
+    compiler = find_compiler(target_of_capability(capability), run.jobs, ahead, display.say)
     if compiler is None:
         display.note(f"nothing can be compiled ahead for capability {capability}: every stale winner races")
     waiting = [winner.policy for winner in _unconfirmed(store, present)]

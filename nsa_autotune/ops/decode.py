@@ -32,6 +32,7 @@ def length_bound(length: int, capacity: int) -> int:
     return min(max(LEAST_BOUND, 1 << max(length - 1, 0).bit_length()), capacity)
 
 
+@torch.no_grad()
 def decode_attention(
     q: Tensor,
     gates: Tensor,

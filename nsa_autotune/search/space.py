@@ -16,7 +16,7 @@ from ..spec import Config, KernelSpec, Param, Problem, Value, canonical_json
 
 SCAN_LIMIT = 200_000  # points looked at before a space counts as too large to enumerate
 SAMPLE_TRIES = 300  # random points tried before it is walked from the default config
-WALKS, WALK_STEPS = 40, 4  # walks before a space counts as exhausted; steps of a walk for each parameter
+WALKS = 40  # before a space counts as exhausted, each of at most as many steps as there are parameters
 REPAIR_STEPS = 12  # configs from which a legal one is looked for, before there is none
 
 
@@ -87,10 +87,16 @@ class ConfigSpace:
         return next((config for config in walked if config_key(config) not in seen), None)
 
     def _walk(self, rng: random.Random) -> Config:
-        """Where a walk over legal configs ends: each step sets a parameter at random, and another one if it must."""
+        """Where a walk over legal configs ends: each step sets a parameter at random, and another one if it must.
+
+        It begins with a switch set at random and all that this needs, for chance seldom sets many at once.
+        """
         config = self.spec.default_config(self.problem)
         movable = [param for param in self.spec.params if len(param.values) > 1]
-        for _ in range(WALK_STEPS * len(movable)):
+        if switches := [param for param in movable if param.structural]:
+            param = rng.choice(switches)
+            config = self.repair({**config, param.name: rng.choice(param.values)}, param.name) or config
+        for _ in range(rng.randrange(len(movable) + 1)):
             param = rng.choice(movable)
             config = self.repair({**config, param.name: rng.choice(param.values)}, param.name, steps=1) or config
         return config

@@ -1,8 +1,9 @@
 """Gluon's Hopper operations on the CPU, as late as the hardware may be: for kernels that the interpreter cannot run.
 
 A tile asked for arrives when its barrier is waited for, and a product is done when it is waited for; reading either
-before, writing over a tile that a product still reads, or waiting for what was never asked for, is an error. Programs
-run one after the other, a warp group at once. `modelled` gives the launch function of a variant whose kernel runs here.
+before, writing over a tile that a product still reads, waiting for what was never asked for, or a missing fence, is an
+error. Programs run one after the other, all their warps at once. `modelled` gives the launch function of a variant
+whose kernel runs here.
 """
 
 from __future__ import annotations
@@ -160,10 +161,33 @@ class Machine:
         self.grid: Grid = (1, 1, 1)
         self.num_warps = 4
         self.flying: list[Product] = []
+        self.unfenced = False  # threads wrote to shared memory, and the asynchronous units may not see it yet
+
+    def fence(self) -> None:
+        """hopper.fence_async_shared."""
+        self.unfenced = False
+
+    def begin(self, barrier: Barrier, count: int) -> None:
+        """mbarrier.init: one arrival, that of the thread which asks."""
+        assert count == 1, "this barrier would wait for ever"
+        barrier.live, self.unfenced = True, True
+
+    def ask(self, descriptor: Descriptor, place: Sequence[Any], barrier: Barrier, view: View) -> None:
+        """tma.async_load; rows beyond the tensor are zeros."""
+        assert not self.unfenced, "the copy engine does not see the barrier yet: a fence is missing"
+        ask(descriptor, place, barrier, view)
+
+    def allocate(self, dtype: Any, shape: Sequence[int], layout: Any, value: Tensor | None = None) -> Any:
+        """gl.allocate_shared_memory."""
+        if dtype == torch.int64:
+            return Barriers(shape[0])
+        self.unfenced = self.unfenced or value is not None
+        return Buffer(torch.full(tuple(shape), float("nan"), dtype=dtype) if value is None else value)
 
     def multiply(self, a: Any, b: View, onto: Any, use_acc: bool = True, is_async: bool = False) -> Product:
         """hopper.warpgroup_mma."""
         assert is_async and not isinstance(a, Product)
+        assert not (isinstance(a, Buffer) and self.unfenced), "the matrix unit does not see its operand: no fence"
         b.read()
         readers = b.buffer.readers
         readers[b.stage] = readers.get(b.stage, 0) + 1
@@ -201,11 +225,6 @@ def wait_for(barrier: Barrier, phase: Any) -> None:
     assert barrier.phases and (barrier.phases - 1) & 1 == int(phase), "this wait would last for ever"
 
 
-def begin(barrier: Barrier, count: int) -> None:
-    """mbarrier.init."""
-    barrier.live = True
-
-
 def end(barrier: Barrier) -> None:
     """mbarrier.invalidate."""
     assert barrier.live and not barrier.arrivals, "a request is never waited for"
@@ -213,7 +232,7 @@ def end(barrier: Barrier) -> None:
 
 
 def ask(descriptor: Descriptor, place: Sequence[Any], barrier: Barrier, view: View) -> None:
-    """tma.async_load; rows beyond the tensor are zeros."""
+    """A tile on its way."""
     buffer, (row, column), (height, width) = view.buffer, map(int, place), descriptor.block_shape
     assert not buffer.readers.get(view.stage), "a tile is written over while a product reads it"
     assert view.stage not in buffer.pending
@@ -231,13 +250,6 @@ def ask(descriptor: Descriptor, place: Sequence[Any], barrier: Barrier, view: Vi
     barrier.arrivals.append(arrive)
 
 
-def allocate(dtype: Any, shape: Sequence[int], layout: Any, value: Tensor | None = None) -> Any:
-    """gl.allocate_shared_memory."""
-    if dtype == torch.int64:
-        return Barriers(shape[0])
-    return Buffer(torch.full(tuple(shape), float("nan"), dtype=dtype) if value is None else value)
-
-
 class Kernel:
     """A function under gluon.jit: `run` executes it for every program of the grid."""
 
@@ -253,7 +265,7 @@ class Kernel:
         x, y, z = (*grid, 1, 1)[:3]
         self.machine.grid = (x, y, z)
         for place in itertools.product(range(x), range(y), range(z)):
-            self.machine.place = place
+            self.machine.place, self.machine.unfenced = place, False
             self.function(*values)
             assert not self.machine.flying, "a product was not waited for"
 
@@ -285,7 +297,7 @@ def language(machine: Machine) -> dict[str, Any]:
         "zeros": lambda shape, dtype, layout=None: torch.zeros(shape, dtype=dtype),
         "full": lambda shape, value, dtype, layout=None: torch.full(shape, value, dtype=dtype),
         "convert_layout": lambda x, layout: x,
-        "allocate_shared_memory": allocate,
+        "allocate_shared_memory": machine.allocate,
         "load": load_from,
         "store": store_to,
     }
@@ -294,12 +306,14 @@ def language(machine: Machine) -> dict[str, Any]:
 def hopper(machine: Machine) -> SimpleNamespace:
     """What kernels use of gluon.language.nvidia.hopper."""
     return SimpleNamespace(
-        mbarrier=SimpleNamespace(MBarrierLayout=lambda: None, init=begin, invalidate=end, expect=expect, wait=wait_for),
-        tma=SimpleNamespace(async_load=ask),
+        mbarrier=SimpleNamespace(
+            MBarrierLayout=lambda: None, init=machine.begin, invalidate=end, expect=expect, wait=wait_for
+        ),
+        tma=SimpleNamespace(async_load=machine.ask),
         warpgroup_mma=machine.multiply,
         warpgroup_mma_wait=machine.wait,
         warpgroup_mma_init=lambda accumulator: accumulator,
-        fence_async_shared=lambda: None,
+        fence_async_shared=machine.fence,
     )
 
 

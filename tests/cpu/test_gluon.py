@@ -70,6 +70,9 @@ MISTAKES = [  # what a kernel might lack, and what the model says to it
     ("phase = i // STAGES & 1", "phase = i & 1", "last for ever"),
     ("qk = hopper.warpgroup_mma_wait(0, deps=[qk])", "pass", "used before it was waited for"),
     ("if i + STAGES < total:", "if i + STAGES <= total:", "never waited for"),
+    ("hopper.fence_async_shared()", "pass", "fence is missing"),
+    ("hopper.fence_async_shared()  # before the matrix unit reads q", "pass", "no fence"),
+    ("hopper.mbarrier.init(v_bars.index(b), 1)", "hopper.mbarrier.init(v_bars.index(b), 2)", "for ever"),
     ("hopper.warpgroup_mma_wait(0, deps=[acc0])", "acc0", "used before it was waited for"),
 ]
 

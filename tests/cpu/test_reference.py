@@ -11,7 +11,7 @@ from cpu import brute_force
 from torch import Tensor
 from torch.nn import functional as F
 
-from nsa_autotune import dense, reference
+from nsa_autotune import dense, nsa_attention, reference
 from nsa_autotune.config import NSAConfig
 from nsa_autotune.errors import InvalidInput
 from nsa_autotune.layout import PackedLayout, packed_layout
@@ -349,3 +349,16 @@ def test_wrong_heads_and_missing_length_raise() -> None:
         reference.window_attention(q[:, :, :2], k, k[:, :, :1], SMALL)
     with pytest.raises(InvalidInput, match="Give seq_k"):
         reference.compressed_attention(q[:, :, :2], k, k, SMALL, seq_k=None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_scores_beyond_float16_are_finite_and_right(dtype: torch.dtype) -> None:
+    """A product of large float16 queries and keys passes 65504 before it is scaled."""
+    q, gates = (30_000 * torch.randn(1, 40, 4, 16)).clamp(-60_000, 60_000).to(dtype), torch.rand(1, 40, 4, 3).to(dtype)
+    k, v = torch.randn(1, 40, 2, 16).to(dtype), torch.randn(1, 40, 2, 8).to(dtype)
+    leaves = [x.requires_grad_() for x in (q, k, v, gates)]
+    out = nsa_attention(*leaves, config=SMALL)
+    wide = nsa_attention(*(x.detach().double() for x in leaves), config=SMALL)
+    assert out.isfinite().all() and (q.float() @ k.float().repeat_interleave(2, 2).transpose(2, 3)).abs().max() > 65504
+    torch.testing.assert_close(out.double(), wide, rtol=0.05, atol=0.05 if dtype != torch.float32 else 1e-3)
+    assert all(x.isfinite().all() for x in torch.autograd.grad(out.float().sum(), leaves[2:]))
