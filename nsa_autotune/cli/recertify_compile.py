@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ..spec import KernelSpec, canonical_json
+from ..spec import KernelSpec
 
 if TYPE_CHECKING:
     from ..codegen.pool import CompileJob, CompileOutcome
@@ -31,14 +31,14 @@ def find_compiler(
     known: dict[str, CompileOutcome] = {}
 
     def compile_all(wanted: Sequence[CompileJob]) -> Iterator[CompileOutcome]:
-        if any(_name(job) not in known for job in wanted):
-            missing = {_name(job): job for job in (*wanted, *ahead) if _name(job) not in known}
+        if any(job.key not in known for job in wanted):
+            missing = {job.key: job for job in (*wanted, *ahead) if job.key not in known}
             outcomes = pool.compile_many(dict(all_specs()), list(missing.values()), target, processes, TIMEOUT_S)
             say(f"compiling {len(missing)} configs")
             for done, outcome in enumerate(outcomes, 1):
-                known[_name(outcome.job)] = outcome
+                known[outcome.job.key] = outcome
                 say(f"compiled {done} of {len(missing)} configs")
-        return iter([known[_name(job)] for job in wanted])
+        return iter([known[job.key] for job in wanted])
 
     return compile_all
 
@@ -49,7 +49,3 @@ def jobs_of(stale: Iterable[Stale], specs: Mapping[str, KernelSpec], store: Tuni
 
     recorded = (item for item in stale if recertify.is_recorded(item, store))
     return [job for item in recorded for job in recertify.candidate_jobs(item, specs[item.winner.family], store)]
-
-
-def _name(job: CompileJob) -> str:
-    return canonical_json([job.family, job.problem, job.config])

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..cores import usable_cores
 from ..errors import InvalidConfig, InvalidProblem, KernelError, NSAError, RenderError
-from ..spec import Config, KernelSpec, Problem
+from ..spec import Config, KernelSpec, Problem, canonical_json
 from .compile import Resources, compile_variant, need_compiler
 from .lifetime import die_with_parent, has_ended, odd_state
 
@@ -37,6 +37,11 @@ class CompileJob:
     family: str
     problem: dict[str, Any]
     config: Config
+
+    @property
+    def key(self) -> str:
+        """Equal for equal jobs."""
+        return canonical_json([self.family, self.problem, self.config])
 
 
 @dataclass(frozen=True)

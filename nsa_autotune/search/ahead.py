@@ -12,7 +12,7 @@ from ..bench.result import TrialResult
 from ..codegen.pool import CompileJob, CompileOutcome, CompilePool
 from ..codegen.target import SHARED_LIMITS_BYTES, target_of_capability
 from ..kernels import all_specs
-from ..spec import Config, KernelSpec, Problem, canonical_json
+from ..spec import Config, KernelSpec, Problem
 
 MAX_SPILL_BYTES = 512  # a thread; more was never near the best
 TIMEOUT_S = 90.0  # of a compilation
@@ -76,15 +76,15 @@ class CompileAhead:
     def submit(self, spec: KernelSpec, problem: Problem, configs: Sequence[Config]) -> None:
         """Queue them behind what is being compiled."""
         jobs = [CompileJob(spec.family, problem.to_dict(), config) for config in configs]
-        self._under_way |= {_name(job) for job in jobs}
+        self._under_way |= {job.key for job in jobs}
         self._pool.submit(jobs)
 
     def take(self) -> list[Prepared]:
         """What compiled or failed to; what was cancelled meanwhile is left out."""
         found: list[Prepared] = []
         while self._under_way and not found:
-            outcomes = [outcome for outcome in self._pool.wait() if _name(outcome.job) in self._under_way]
-            self._under_way -= {_name(outcome.job) for outcome in outcomes}
+            outcomes = [outcome for outcome in self._pool.wait() if outcome.job.key in self._under_way]
+            self._under_way -= {outcome.job.key for outcome in outcomes}
             found += [prepared(outcome) for outcome in outcomes]
         return found
 
@@ -98,10 +98,6 @@ class CompileAhead:
 
     def __exit__(self, *_: object) -> None:
         self._pool.close()
-
-
-def _name(job: CompileJob) -> str:
-    return canonical_json([job.family, job.problem, job.config])
 
 
 def prepared(outcome: CompileOutcome) -> Prepared:
