@@ -13,7 +13,7 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -30,7 +30,7 @@ from nsa_autotune.db.records import utc_now
 from nsa_autotune.db.store import TuningStore
 from nsa_autotune.dispatch.fingerprint import current
 from nsa_autotune.errors import NSAError
-from nsa_autotune.search.ahead import compile_ahead
+from nsa_autotune.search.ahead import code_of, compile_ahead
 from nsa_autotune.search.budget import Budget, parse_budget
 from nsa_autotune.search.presets import tuning_problems
 from nsa_autotune.search.progress import Effort, NullProgress, Outcome
@@ -63,7 +63,7 @@ class Run:
     tied: tuple[Config, ...]
     median_us: float
     effort: Effort
-    codes: dict[str, str] = field(default_factory=dict)  # identity of machine code and grid, by config
+    codes: dict[str, str] = field(default_factory=dict)  # of these configs: identity of machine code and grid
 
     def code(self, config: Config) -> str:
         """Equal for configs that run the same machine code on the same grid."""
@@ -117,16 +117,13 @@ def tune_once(spec: KernelSpec, problem: Problem, seed: int, budget: Budget, **h
     last = _Last()
     with TuningStore("sqlite://", import_shipped=False) as store:
         winner = tune_problem(spec, problem, store=store, budget=budget, seed=seed, progress=last, **how)
-        codes = {config_key(t.config): code_of(t.resources or {}) for t in store.trials(family=spec.family)}
+        trials = store.trials(family=spec.family)
     if winner is None or last.outcome is None:
         return None
+    named = {config_key(config) for config in (winner.config, *winner.tied)}
+    codes = {config_key(t.config): code_of(t.resources or {}) for t in trials if config_key(t.config) in named}
     known = {key: code for key, code in codes.items() if code}
     return Run(winner.config, tuple(winner.tied), winner.median_us, last.outcome.effort, known)
-
-
-def code_of(resources: Mapping[str, Any]) -> str:
-    """Identity of machine code and grid, empty if it is not known."""
-    return " ".join(map(str, (resources.get("binary_sha") or "", resources.get("call_sha") or ""))).strip()
 
 
 def row(repeated: Repeated) -> tuple[str, ...]:

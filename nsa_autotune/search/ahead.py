@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -109,8 +109,13 @@ def prepared(outcome: CompileOutcome) -> Prepared:
     if resources.spill_bytes > MAX_SPILL_BYTES:
         reason = f"{resources.spill_bytes} bytes of registers spill a thread, over {MAX_SPILL_BYTES}"
         return Prepared(config, TrialResult("resource", reason), resources=told)
-    code = f"{resources.binary_sha} {resources.call_sha}" if resources.call_sha else ""
-    return Prepared(config, code=code, resources=told)
+    return Prepared(config, code=code_of(told), resources=told)
+
+
+def code_of(told: Mapping[str, Any]) -> str:
+    """Identity of machine code and calls from what a compiler told; empty unless both are known."""
+    binary, calls = told.get("binary_sha"), told.get("call_sha")
+    return f"{binary} {calls}" if binary and calls else ""
 
 
 def compile_ahead(capability: str, processes: int) -> AbstractContextManager[Preparer]:

@@ -15,7 +15,7 @@ from ..db.store import TuningStore
 from ..dispatch.fingerprint import for_target
 from ..errors import InvalidInput
 from ..spec import DEFAULT_POLICY, Config, Problem
-from .ahead import Prepared, Unprepared
+from .ahead import Prepared, Unprepared, code_of
 from .budget import Budget, Meter, parse_budget
 from .correction import Correction, fit
 from .guess import gpu_of, target_of
@@ -114,8 +114,7 @@ class ReplayPreparer(Unprepared):
         self.clock.charge(float(told.get("compile_ms", COMPILE_S * 1e3)) / 1e3 / CORES)
         if found is not None and found.result.status in ("constraint", "render", "compile", "resource"):
             return [replace(prepared, failure=found.result)]
-        known = told.get("binary_sha") and told.get("call_sha")
-        return [replace(prepared, code=f"{told['binary_sha']} {told['call_sha']}" if known else "")]
+        return [replace(prepared, code=code_of(told))]
 
 
 @dataclass(frozen=True)
