@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -25,11 +25,10 @@ def raw_launch(launch: FunctionType, arguments: Mapping[str, Any], stream: int) 
         else:
             return None
 
-    def again() -> None:
+    def again(_alive: Sequence[Tensor] = tensors) -> None:  # their memory stays theirs as long as this can be called
         for call in calls:
             call()
 
-    again.tensors = tensors  # type: ignore[attr-defined]  # their memory is theirs as long as they are launched with
     return again
 
 
