@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -14,6 +15,7 @@ from .stats import log_ratios, signed_rank_p
 from .timing import MIN_ROUNDS, WARMUP_MS, Clock, Fn, Timing, launches_per_sample, summarize, warm_up
 
 DRIFT = 0.03  # between the sentinel's two samples of a block, beyond which the block is measured again
+LONGEST_REST_S = 1.0
 TARGET_MS = 400.0  # of device time a variant, after which a race may end early
 LEAVES_AFTER = 3  # blocks
 LEAVES_AT = math.log(1.10)  # median log-ratio to the leader
@@ -49,13 +51,14 @@ def run_race(
     target_ms: float = TARGET_MS,
     warmup_ms: float = WARMUP_MS,
     seed: int = 0,
+    rest: Callable[[float], None] = time.sleep,
 ) -> Race:
     """Time `fns` in up to `rounds` blocks, each of which takes one sample of every function in a new random order.
 
     The sentinel opens and closes each block; if its two samples differ by more than 3%, or the GPU was disturbed, the
-    block is measured again (at most as many as there are rounds, later ones are kept as they are). A function that is
-    clearly slower than the leader leaves, the sentinel never does. Ends early once a function's samples took
-    `target_ms` on average.
+    block is measured again (at most as many as there are rounds, later ones are kept as they are), after a `rest` of as
+    many seconds as it took: a GPU at its power limit gets its clock back. A function that is clearly slower than the
+    leader leaves, the sentinel never does. Ends early once a function's samples took `target_ms` on average.
     """
     launches = [launches_per_sample(warm_up(fn, clock, warmup_ms)) for fn in fns]
     samples: list[list[float]] = [[] for _ in fns]
@@ -69,12 +72,14 @@ def run_race(
         shuffle.shuffle(order)
         order = order if sentinel is None else [sentinel, *order, sentinel]
         block = [(index, clock.elapsed_us(fns[index], launches[index], cold_l2)) for index in order]
-        spent_us += sum(sample * launches[index] for index, sample in block)
+        block_us = sum(sample * launches[index] for index, sample in block)
+        spent_us += block_us
         state = watch.read()
         race.states += [state] if state is not None else []
         reason = was_disturbed(before, state) or (_drift(block) if sentinel is not None else "")
         if reason and len(race.disturbed) < rounds:
             race.disturbed.append(reason)
+            rest(min(LONGEST_REST_S, block_us * 1e-6))
             continue
         for index in live:
             own = [sample for place, sample in block if place == index]

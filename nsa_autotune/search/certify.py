@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from ..bench.race import LEAVES_AT
 from ..bench.result import TrialResult
 from ..bench.stats import Comparison, compare, holm
 from ..bench.timing import summarize
 from ..spec import Config
 from .space import config_key
 
-SMALLEST_GAP = 0.01  # log-ratio: what is less than 1 % slower is a tie, however sure
+SMALLEST_GAP = 0.01  # log-ratio: what was not shown to be more than 1 % slower is a tie
 SURE = 0.05  # p-value below which a difference counts, corrected for the number of rivals
 CONFIRMED_AGAINST = 3  # tied rivals that a second process measures again
 
@@ -29,15 +30,15 @@ class Verdict:
 
     @property
     def tied(self) -> list[Config]:
-        """Rivals that the race could not tell from the winner, or that are less than 1 % slower."""
+        """Rivals that the race could not show to be more than 1 % slower."""
         return [rival["config"] for rival in self.rivals if rival["tied"]]
 
 
 def judge(raced: Sequence[Raced], default: Config) -> Verdict | None:
     """The winner among configs that were timed in the same blocks, or None if none was.
 
-    The best median leads. Of those that cannot be told from it, the simplest wins: fewest registers, least shared
-    memory, closest to the default.
+    The best median leads. Of those within 1 % of it that cannot be told from it, the simplest wins: fewest registers,
+    least shared memory, closest to the default.
     """
     timed = {config_key(config): (config, result) for config, result in raced if result.ok and result.samples_us}
     if not timed:
@@ -45,12 +46,12 @@ def judge(raced: Sequence[Raced], default: Config) -> Verdict | None:
     leader = min(timed, key=lambda key: (timed[key][1].median_us, key))
     against_leader = _compare_all(timed, leader)
     p_values = holm({key: c.p_slower for key, c in against_leader.items()})
-    equals = [key for key, c in against_leader.items() if p_values[key] >= SURE and c.low <= 0.0]
+    near = [key for key, c in against_leader.items() if c.log_ratio < SMALLEST_GAP]  # in a noisy race all look alike
+    equals = [key for key in near if p_values[key] >= SURE and against_leader[key].low <= 0.0]
     winner = min([leader, *equals], key=lambda key: _simplicity(*timed[key], default))
     standing = _compare_all(timed, winner)
-    corrected = holm({key: c.p_slower for key, c in standing.items()})
     ordered = sorted(standing, key=lambda key: standing[key].log_ratio)
-    rivals = tuple(_rival(timed[key][0], standing[key], corrected[key]) for key in ordered)
+    rivals = tuple(_rival(timed[key][0], standing[key]) for key in ordered)
     config, result = timed[winner]
     return Verdict(config, result, rivals)
 
@@ -119,11 +120,10 @@ def _simplicity(config: Config, result: TrialResult, default: Config) -> tuple[A
     )
 
 
-def _rival(config: Config, found: Comparison, p_slower: float) -> dict[str, Any]:
-    unsure = p_slower >= SURE and found.low <= 0.0
+def _rival(config: Config, found: Comparison) -> dict[str, Any]:
     return {
         "config": dict(config),
-        "tied": unsure or found.log_ratio < SMALLEST_GAP,
+        "tied": found.low < SMALLEST_GAP and found.log_ratio <= LEAVES_AT,
         "blocks": found.blocks,
         "log_ratio": found.log_ratio,
         "low": found.low,

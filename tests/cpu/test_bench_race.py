@@ -13,6 +13,7 @@ from nsa_autotune.bench.nvml import GpuState, _others, summarize_states, was_dis
 from nsa_autotune.bench.policy import POLICIES, get_policy
 from nsa_autotune.bench.race import run_race
 from nsa_autotune.bench.stats import compare
+from nsa_autotune.bench.timing import launches_per_sample
 from nsa_autotune.errors import UnknownName
 from nsa_autotune.spec import DEFAULT_POLICY, POLICY_NAMES
 
@@ -92,6 +93,17 @@ def test_a_block_in_which_the_sentinel_drifts_is_measured_again() -> None:
     assert "sentinel took 600.0 us at the start of a block and 400.0 us at its end" in race.disturbed[0]
     assert race.timings[1].samples_us == (400.0,) * 5
     assert race.timings[0].samples_us.count(450.0) == 1  # no sentinel saw that one: the median has to
+
+
+def test_before_a_block_is_measured_again_the_gpu_rests_as_long_as_the_block_took() -> None:
+    rests: list[float] = []
+    clock = SimulatedClock(jump_at=(5,))  # the sentinel takes 600 us at the start of the first block, 400 at its end
+    run_race(fns(300.0, 400.0), clock=clock, rounds=5, sentinel=1, warmup_ms=0.0, target_ms=1e9, rest=rests.append)
+    took_us = launches_per_sample(300.0) * 300.0 + launches_per_sample(400.0) * 1000.0
+    assert rests == [pytest.approx(took_us * 1e-6)]
+    watch = Readings(iter([state(), state(throttle_reasons=0x40), state()]))
+    run_race(fns(3e6), clock=SimulatedClock(), rounds=2, watch=watch, warmup_ms=0.0, rest=rests.append)
+    assert rests[1:] == [1.0]  # and no longer than a second
 
 
 def test_what_the_gpu_says_of_itself_is_kept_and_heeded() -> None:

@@ -92,6 +92,30 @@ def test_what_is_surely_slower_but_by_less_than_a_percent_is_tied_and_does_not_w
     assert verdict.rivals[0]["low"] > 0.004 and verdict.tied == [warps(1)]
 
 
+def test_where_blocks_are_few_and_noisy_the_best_median_wins_and_not_the_simplest() -> None:
+    """Five blocks cannot tell 7 % from noise after Holm's correction; the simpler config is no equal for that."""
+    slow = TrialResult("ok", resources={"registers": 10}, **vars(summarize([14683, 15054, 14933, 14215, 14259])))
+    fast = TrialResult("ok", resources={"registers": 99}, **vars(summarize([13566, 13572, 13723, 14274, 14547])))
+    verdict = judge([(warps(1), slow), (warps(8), fast)], DEFAULT)
+    assert verdict is not None and verdict.config == warps(8)
+    assert verdict.rivals[0]["low"] < 0.0 < verdict.rivals[0]["log_ratio"] and verdict.tied == [warps(1)]
+
+
+def test_a_tie_is_what_was_not_shown_to_be_more_than_a_percent_slower() -> None:
+    verdict = judge(simulate({8: 100.0, 1: 101.05, 2: 103.0}, seed=4, noise=0.004), DEFAULT)
+    assert verdict is not None and verdict.config == warps(8)
+    near, far = verdict.rivals
+    assert near["low"] < 0.01 < near["log_ratio"] and near["tied"]
+    assert far["low"] > 0.01 and not far["tied"]
+
+
+def test_what_is_a_tenth_slower_is_never_tied_however_wide_its_interval() -> None:
+    rival = TrialResult("ok", **vars(summarize([99.0, 113.0, 114.0])))
+    verdict = judge([(warps(8), timed(100.0, 40)), (warps(1), rival)], DEFAULT)
+    assert verdict is not None and verdict.config == warps(8)
+    assert verdict.rivals[0]["low"] < 0.0 and verdict.tied == []
+
+
 def test_one_sample_each_ties_nothing_that_is_slower() -> None:
     """As in the interpreter, whose times are tokens: no statistics, no ties by lack of evidence."""
     raced = [(warps(1), timed(10.0, 1)), (warps(2), timed(20.0, 1)), (warps(8), TrialResult("crash", "it died"))]
