@@ -116,7 +116,7 @@ def run(
     with open_bench(where, **how, target_ms=TARGET_MS) as bench:
         dtypes = dict.fromkeys([*(work.problem.dtype for work in plan), *section_dtypes(options)])
         rates = {dtype: measure_rates(bench, dtype) for dtype in dtypes}
-        rows, memory = gather(sections(plan, options, bench), where)
+        rows, memory = gather(sections(plan, options, bench), where, keep=True)
     return make_report(bench, command, options.untuned, rates, rows), memory
 
 
@@ -159,12 +159,18 @@ def measure(work: Work, bench: Bench, phi: str, hidden_size: int | None) -> Foun
     return rows + backward_rows(work, bench, phi), memory
 
 
-def gather(parts: Iterable[Callable[[], Found]], device: torch.device) -> Found:
-    """What all parts find; the memory of each is given back before the next."""
+def gather(parts: Iterable[Callable[[], Found]], device: torch.device, *, keep: bool = False) -> Found:
+    """What all parts find; the memory of each is given back before the next. `keep`: Ctrl-C ends them, not the page."""
     rows: list[Row] = []
     memory: list[Memory] = []
     for part in parts:
-        more_rows, more_memory = part()
+        try:
+            more_rows, more_memory = part()
+        except KeyboardInterrupt:
+            if not (keep and rows):
+                raise
+            say("interrupted: the page has what was measured before this length")
+            break
         rows, memory = rows + more_rows, memory + more_memory
         free(device)
     return rows, memory
