@@ -1,0 +1,145 @@
+"""The text of a prepared launch: one Python function for one recording, without a loop or a lookup left in it.
+
+A call of Python's costs as much as a launch, so what is known when a plan is made stands in its text:
+
+    def plan(arguments):
+        try:
+            t0 = arguments['x']
+            a0 = t0.data_ptr()
+            if len(arguments) != 2 or a0 & 15 or t0.dtype is not v0 or ...:
+                return False
+        except (AttributeError, KeyError, TypeError):
+            return False
+        stream = v1(v2)
+        v3(v4, v5, v6, stream, *v7, (a0, ...))
+        return True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .recording import AllocationStep, KernelStep, Mapped, OperatorStep, Place, Recording
+
+ALIGNMENT_MASK = 15  # Triton compiles loads for pointers that are multiples of 16 bytes
+UNLIKE = "(AttributeError, KeyError, TypeError)"  # other names, or None where the recording had a tensor
+
+
+class PlanSource:
+    """Lines of a plan, and what the names in them stand for: v0, v1, ... are values, t and a tensors and addresses."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.values: dict[str, Any] = {}
+        self.num_tensors = 0
+
+    def name(self, value: Any) -> str:
+        """A new name for a value."""
+        name = f"v{len(self.values)}"
+        self.values[name] = value
+        return name
+
+    def compiled(self) -> Callable[[Mapping[str, Any]], bool]:
+        """The function."""
+        text = "\n".join([f"def make({', '.join(self.values)}):", " def plan(arguments):", *self.lines, " return plan"])
+        names: dict[str, Any] = {}
+        exec(compile(text, "<prepared launch>", "exec"), names)
+        plan: Callable[[Mapping[str, Any]], bool] = names["make"](**self.values)
+        return plan
+
+    def check(self, arguments: Mapping[str, Any]) -> None:
+        """Take the tensors out of the arguments and return False if any argument is unlike the recorded one."""
+        tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+        lines, checks = ["try:"], [f"len(arguments) != {len(arguments)}"]
+        for number, (name, tensor) in enumerate(tensors.items()):
+            lines += [f" t{number} = arguments[{name!r}]", f" a{number} = t{number}.data_ptr()"]
+            checks.append(f"t{number}.dtype is not {self.name(tensor.dtype)}")
+            if tensor.is_contiguous():
+                checks.append(f"not t{number}.is_contiguous()")
+            else:
+                checks.append(f"t{number}.stride() != {self.name(tensor.stride())}")
+        self.num_tensors = len(tensors)
+        if tensors:
+            together = " | ".join(f"a{number}" for number in range(len(tensors)))
+            checks.append(f"({together}) & {ALIGNMENT_MASK}")
+        numbers = [(name, value) for name, value in arguments.items() if name not in tensors]
+        checks += [f"arguments[{name!r}] != {self.name(value)}" for name, value in numbers]
+        lines += [f" if {' or '.join(checks)}:", "  return False", f"except {UNLIKE}:", " return False"]
+        self._add(*lines)
+
+    def launch(self, recording: Recording, device: int, stream_of: Callable[[int], int]) -> None:
+        """Do what was recorded, on the current stream."""
+        self._add(f"stream = {self.name(stream_of)}({self.name(device)})")
+        for step in recording.steps:
+            if isinstance(step, KernelStep):
+                self._kernel(step)
+            elif isinstance(step, AllocationStep):
+                self._allocation(step)
+            else:
+                self._operator(step)
+        self._add("return True")
+
+    def _add(self, *lines: str) -> None:
+        self.lines += [f"  {line}" for line in lines]
+
+    def _kernel(self, step: KernelStep) -> None:
+        launcher = step.launcher
+        given = ", ".join(map(self._argument, step.arguments))
+        head = ", ".join([self.name(launcher.raw), *map(self.name, step.grid)])
+        raw, _, sizes = head.partition(", ")
+        middle = ", ".join(map(self.name, launcher.middle))
+        self._add(f"{raw}({sizes}, stream, {middle}, {given if launcher.flat else f'({given},)'})")
+
+    def _argument(self, value: Any) -> str:
+        if isinstance(value, Place):
+            return f"a{value.number}"
+        if isinstance(value, Mapped):
+            address, tensor_map = f"a{value.place.number}", value.tensor_map
+            return f"{self.name(tensor_map.known.get)}({address}) or {self.name(tensor_map.at)}({address})"
+        return self.name(value)
+
+    def _allocation(self, step: AllocationStep) -> None:
+        """A scratch tensor from PyTorch's allocator, as the launch itself makes it: safe for streams and graphs."""
+        shape, strides = self.name(step.shape), self.name(contiguous_strides(step.shape))
+        short = short_allocator(step.device)
+        if short is not None:
+            self._made(f"{self.name(short)}({shape}, {strides}, {self.name(step.dtype)})")
+            return
+        how = f"dtype={self.name(step.dtype)}, device={self.name(step.device)}"
+        self._made(f"{self.name(torch.empty_strided)}({shape}, {strides}, {how})")
+
+    def _operator(self, step: OperatorStep) -> None:
+        given = [self._tensor(value) for value in step.arguments]
+        given += [f"{name}={self._tensor(value)}" for name, value in step.named.items()]
+        call = f"{self.name(step.function)}({', '.join(given)})"
+        if step.makes:
+            self._made(call)
+        else:
+            self._add(call)
+
+    def _tensor(self, value: Any) -> str:
+        return f"t{value.number}" if isinstance(value, Place) else self.name(value)
+
+    def _made(self, call: str) -> None:
+        """The next tensor, as the recording numbers them."""
+        number = self.num_tensors
+        self._add(f"t{number} = {call}", f"a{number} = t{number}.data_ptr()")
+        self.num_tensors += 1
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides in elements, the last dimension dense."""
+    return torch.empty(shape, device="meta").stride()
+
+
+def short_allocator(device: torch.device) -> Callable[..., Tensor] | None:
+    """What compiled PyTorch programs allocate by, a third of the usual way's time: (shape, strides, dtype), on the
+    current device, where a kernel is launched anyway. None where this PyTorch has none."""
+    name = f"_empty_strided_{device.type}"
+    guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+    found: Callable[..., Tensor] | None = getattr(guards, name, None)
+    return found

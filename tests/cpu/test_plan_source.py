@@ -1,0 +1,117 @@
+"""The text of a prepared launch: what it passes on, what it refuses, and where scratch comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from nsa_autotune.dispatch import plan_source
+from nsa_autotune.dispatch.plan_source import PlanSource, contiguous_strides, short_allocator
+from nsa_autotune.dispatch.recording import AllocationStep, KernelStep, Mapped, OperatorStep, Place
+from nsa_autotune.dispatch.triton_launch import Launcher
+
+CPU = torch.device("cpu")
+
+
+class Raw:
+    """Stands for Triton's C function; keeps what it is called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __call__(self, *given: Any) -> None:
+        self.calls.append(given)
+
+
+def plan_of(steps: Sequence[Any], arguments: dict[str, Any]) -> Any:
+    source = PlanSource()
+    source.check(arguments)
+    source.launch(SimpleNamespace(steps=steps), 3, lambda device: 70 + device)  # type: ignore[arg-type]
+    return source.compiled()
+
+
+def kernel(raw: Raw, *arguments: Any, flat: bool = False) -> KernelStep:
+    return KernelStep(Launcher(raw, ("m0", None), flat, None), (4, 5, 6), arguments)
+
+
+def test_a_kernel_gets_addresses_constants_and_the_stream() -> None:
+    raw, x, y = Raw(), torch.zeros(4), torch.zeros(8)
+    given = {"x": x, "scale": 0.5, "y": y}
+    for flat in (False, True):
+        plan = plan_of([kernel(raw, Place(1), 7, Place(0), flat=flat)], given)
+        assert plan(given)
+        values = (y.data_ptr(), 7, x.data_ptr())
+        assert raw.calls.pop() == (4, 5, 6, 73, "m0", None, *(values if flat else (values,)))
+        other = {"x": torch.ones(4), "scale": 0.5, "y": y}
+        assert plan(other) and other["x"].data_ptr() in (raw.calls[-1] if flat else raw.calls[-1][-1])  # type: ignore[attr-defined]
+        raw.calls.clear()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"scale": 0.25},
+        {"x": torch.zeros(5)[1:]},  # not aligned
+        {"x": torch.zeros(4, dtype=torch.int32)},
+        {"x": torch.zeros(8)[::2]},
+        {"x": None},
+        {"turned": torch.zeros(3, 2).t().contiguous()},
+        {"turned": torch.zeros(3, 4)[:, :2].t()},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_a_call_that_is_unlike_is_refused_and_launches_nothing(changed: dict[str, Any]) -> None:
+    raw = Raw()
+    given = {"x": torch.zeros(4), "turned": torch.zeros(3, 2).t(), "scale": 0.5}
+    plan = plan_of([kernel(raw, Place(0))], given)
+    assert not plan({**given, **changed}) and raw.calls == []
+    assert not plan({"x": given["x"], "z": 1, "scale": 0.5}) and raw.calls == []
+    assert plan(dict(given)) and len(raw.calls) == 1
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_scratch_is_made_for_each_launch_and_operators_run_between(
+    short: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not short:
+        monkeypatch.setattr(plan_source, "short_allocator", lambda device: None)
+    made: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor, value: float, *, twice: torch.Tensor) -> None:
+        made.append(tensor)
+        tensor.fill_(value).add_(twice.sum())
+
+    raw, x = Raw(), torch.ones(4)
+    steps = [
+        AllocationStep((2, 3), torch.float64, CPU),
+        OperatorStep(note, (Place(1), 2.0), {"twice": Place(0)}, makes=False),
+        OperatorStep(torch.mul, (Place(0), 3.0), {}, makes=True),
+        kernel(raw, Place(0), Place(1), Place(2)),
+    ]
+    plan = plan_of(steps, {"x": x})
+    assert plan({"x": x}) and plan({"x": x})
+    first, second = made
+    assert first is not second and first.shape == (2, 3) and first.dtype == torch.float64 and first.is_contiguous()
+    assert second.tolist() == [[6.0] * 3] * 2
+    assert raw.calls[1][-1][:2] == (x.data_ptr(), second.data_ptr()) and len(set(raw.calls[1][-1])) == 3
+
+
+def test_a_tensor_map_is_looked_up_by_address_and_made_when_new() -> None:
+    x, raw = torch.zeros(4), Raw()
+    known: dict[int, str] = {}
+    tensor_map: Any = SimpleNamespace(known=known, at=lambda address: known.setdefault(address, f"map {address}"))
+    plan = plan_of([kernel(raw, Mapped(Place(0), tensor_map), 1)], {"x": x})
+    assert plan({"x": x}) and raw.calls[0][-1] == (f"map {x.data_ptr()}", 1)
+    known[x.data_ptr()] = "kept"
+    assert plan({"x": x}) and raw.calls[1][-1] == ("kept", 1)
+
+
+def test_this_pytorch_has_the_short_way_to_scratch() -> None:
+    assert short_allocator(CPU) is not None  # else launches with scratch cost a microsecond more
+    assert short_allocator(torch.device("meta")) is None
+    assert contiguous_strides((2, 3, 4)) == (12, 4, 1) and contiguous_strides(()) == ()
