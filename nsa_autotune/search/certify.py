@@ -37,14 +37,17 @@ class Verdict:
 def judge(raced: Sequence[Raced], default: Config) -> Verdict | None:
     """The winner among configs that were timed in the same blocks, or None if none was.
 
-    The best median leads. Of those within 1 % of it that cannot be told from it, the simplest wins: fewest registers,
-    least shared memory, closest to the default.
+    The best median leads among those that stayed to the end: whoever left did so as the slower one, and the blocks
+    after may be slower for all. Of those within 1 % of it that cannot be told from it, the simplest wins: fewest
+    registers, least shared memory, closest to the default.
     """
     timed = {config_key(config): (config, result) for config, result in raced if result.ok and result.samples_us}
     if not timed:
         return None
-    leader = min(timed, key=lambda key: (timed[key][1].median_us, key))
-    against_leader = _compare_all(timed, leader)
+    most = max(len(result.samples_us) for _, result in timed.values())
+    stayed = {key: raced for key, raced in timed.items() if len(raced[1].samples_us) == most}
+    leader = min(stayed, key=lambda key: (stayed[key][1].median_us, key))
+    against_leader = _compare_all(stayed, leader)
     p_values = holm({key: c.p_slower for key, c in against_leader.items()})
     near = [key for key, c in against_leader.items() if c.log_ratio < SMALLEST_GAP]  # in a noisy race all look alike
     equals = [key for key in near if p_values[key] >= SURE and against_leader[key].low <= 0.0]

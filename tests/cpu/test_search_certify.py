@@ -132,6 +132,17 @@ def test_a_rival_that_left_early_is_compared_over_the_blocks_it_has() -> None:
     assert verdict is not None and verdict.rivals[0]["blocks"] == 3 and not verdict.rivals[0]["tied"]
 
 
+def test_who_left_before_the_gpu_became_slower_for_all_does_not_win() -> None:
+    """Seven early blocks at 101 us against sixty that began at 100 and ended at 103: the one that left was slower."""
+    slower_by_and_by = [100.0 + 3.0 * min(1.0, block / 20) for block in range(60)]
+    stayed = TrialResult("ok", **vars(summarize(slower_by_and_by)))
+    left = TrialResult("ok", **vars(summarize([us * 1.013 for us in slower_by_and_by[:7]])))
+    assert left.median_us is not None and stayed.median_us is not None and left.median_us < stayed.median_us
+    verdict = judge([(warps(1), left), (warps(8), stayed)], DEFAULT)
+    assert verdict is not None and verdict.config == warps(8)
+    assert verdict.rivals[0]["log_ratio"] == pytest.approx(math.log(1.013)) and not verdict.tied
+
+
 def test_a_second_race_confirms_or_contradicts() -> None:
     first = simulate({1: 100.0, 2: 101.5, 4: 130.0}, seed=1)
     assert not is_contradicted(warps(1), simulate({1: 100.0, 2: 101.5, 4: 130.0}, seed=2))
