@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..config import NSAConfig
 from ..errors import InvalidInput
@@ -14,13 +15,16 @@ ALIGNMENT_BYTES = 16  # of rows and base pointers that tensor-memory access read
 
 
 def check_tensor(name: str, x: object) -> None:
-    """x is a floating-point tensor."""
+    """x is a floating-point tensor without a tangent of forward-mode differentiation."""
     if not isinstance(x, Tensor):
         raise InvalidInput(f"{name} must be a torch.Tensor", {name: type(x).__name__}, "Use torch.as_tensor().")
     if not x.is_floating_point():
         raise InvalidInput(
             f"{name} must be of a floating-point dtype", {name: str(x.dtype)}, "Use .to(torch.bfloat16)."
         )
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:  # PyTorch would drop it
+        remedy = "Use the backward (vjp), or nsa_autotune.reference."
+        raise InvalidInput("native sparse attention has no forward-mode derivative", {"tangent": name}, remedy)
 
 
 def check_same(name: str, x: Tensor, q: Tensor) -> None:

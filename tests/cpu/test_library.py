@@ -190,6 +190,19 @@ def test_a_second_derivative_is_refused() -> None:
         first.sum().backward()
 
 
+@pytest.mark.parametrize("name", ("q", "k", "v", "gates"))
+def test_forward_mode_is_refused_where_pytorch_would_drop_the_tangent(name: str) -> None:
+    tensors, _ = make_tensors()
+
+    def attend(x: Tensor) -> Tensor:
+        return ops.nsa_attention(**{**tensors, name: x}, config=CONFIG)
+
+    with pytest.raises(InvalidInput, match=f"no forward-mode derivative; got tangent='{name}'"):
+        torch.func.jvp(attend, (tensors[name],), (torch.ones_like(tensors[name]),))
+    with torch.autograd.forward_ad.dual_level():  # a level alone is no tangent
+        same(attend(tensors[name]), attend(tensors[name]), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("form", ("batched", "short_q", "packed", "packed_short_q"))
 def test_gradients_of_views_are_those_of_copies(form: str) -> None:
     tensors, cu = make_tensors(form, torch.float64)
