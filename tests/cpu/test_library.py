@@ -200,7 +200,7 @@ def test_forward_mode_is_refused_where_pytorch_would_drop_the_tangent(name: str)
     with pytest.raises(InvalidInput, match=f"no forward-mode derivative; got tangent='{name}'"):
         torch.func.jvp(attend, (tensors[name],), (torch.ones_like(tensors[name]),))
     with torch.autograd.forward_ad.dual_level():  # a level alone is no tangent
-        same(attend(tensors[name]), attend(tensors[name]), rtol=0, atol=0)
+        same([attend(tensors[name])], [attend(tensors[name])], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("form", ("batched", "short_q", "packed", "packed_short_q"))
