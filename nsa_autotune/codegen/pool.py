@@ -18,40 +18,19 @@ from typing import Any
 
 from ..cores import usable_cores
 from ..errors import InvalidConfig, InvalidProblem, KernelError, NSAError, RenderError
-from ..spec import Config, KernelSpec, Problem, canonical_json
-from .compile import Resources, compile_variant, need_compiler
+from ..spec import KernelSpec, Problem
+from .compile import compile_variant, need_compiler
+from .jobs import CompileJob, CompileOutcome, WaitingJobs
 from .lifetime import die_with_parent, has_ended, odd_state
+
+__all__ = ["CompileJob", "CompileOutcome", "CompilePool", "compile_many"]
 
 logger = logging.getLogger(__name__)
 
 MAX_ANSWER_BYTES = 1 << 24
 KILL_WAIT_S = 5.0
 LAST_WORDS_S = 5.0
-JOBS_AHEAD = 2  # with a child: the one it compiles, and the next
-
-
-@dataclass(frozen=True)
-class CompileJob:
-    """One variant to compile, in plain values that cross a process boundary."""
-
-    family: str
-    problem: dict[str, Any]
-    config: Config
-
-    @property
-    def key(self) -> str:
-        """Equal for equal jobs."""
-        return canonical_json([self.family, self.problem, self.config])
-
-
-@dataclass(frozen=True)
-class CompileOutcome:
-    """What became of a job: status is ok, constraint, render, compile, resource, timeout or crash."""
-
-    job: CompileJob
-    status: str
-    reason: str = ""
-    resources: Resources | None = None
+JOBS_AHEAD = 2  # with a child: the one it compiles, and the next, since the pool's owner may be busy
 
 
 @dataclass
@@ -126,15 +105,23 @@ class CompilePool:
     """Processes that compile what is submitted while their owner does other things; close it when done.
 
     A compiler that crashes or runs past `timeout_s` costs the variant it worked on. Children are forked by the thread
-    that calls, so one thread at a time. `specs` holds the spec of every family that jobs may name.
+    that calls, so one thread at a time. `specs` holds the spec of every family that jobs may name. A child is handed
+    `jobs_ahead` jobs; more than one keeps it busy while the owner is, but a job can wait behind a long one.
     """
 
-    def __init__(self, specs: dict[str, KernelSpec], target: str, processes: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        specs: dict[str, KernelSpec],
+        target: str,
+        processes: int,
+        timeout_s: float,
+        jobs_ahead: int = JOBS_AHEAD,
+    ) -> None:
         need_compiler()
         import triton  # noqa: F401 - imported once here, inherited by every child
 
-        self._specs, self._target, self._timeout_s = specs, target, timeout_s
-        self._waiting: deque[CompileJob] = deque()
+        self._specs, self._target, self._timeout_s, self._jobs_ahead = specs, target, timeout_s, jobs_ahead
+        self._waiting = WaitingJobs()
         self._crashed: list[CompileJob] = []  # once
         self._children: list[_Child] = []
         self._processes = processes
@@ -145,7 +132,7 @@ class CompilePool:
         return not self._waiting and not any(child.jobs for child in self._children)
 
     def submit(self, jobs: Iterable[CompileJob]) -> None:
-        """Queue jobs behind those that wait."""
+        """Queue jobs; families that take long come first."""
         self._waiting.extend(jobs)
         while len(self._children) < min(self._processes, len(self._waiting)):
             self._children.append(_start(self._specs, self._target))
@@ -171,20 +158,22 @@ class CompilePool:
             _stop(self._children.pop())
 
     def _hand_out(self) -> None:
-        """Give each child a job, then a second one that it finds when it is done with the first."""
-        for depth in range(JOBS_AHEAD):
+        """Give each child a job, then others that it finds when it is done with the first."""
+        for depth in range(self._jobs_ahead):
             for index, child in enumerate(self._children):
                 if len(child.jobs) != depth or not self._waiting:
                     continue
+                job = self._waiting.take()
                 try:
-                    child.pipe.send(self._waiting[0])
+                    child.pipe.send(job)
                 except OSError:  # it died
+                    self._waiting.put_back([job])
                     if not child.jobs:  # of nothing that we gave it; else _collect finds out
                         _stop(child)
                         self._children[index] = _start(self._specs, self._target)
                     continue
                 child.deadline = child.deadline if child.jobs else time.monotonic() + self._timeout_s
-                child.jobs.append(self._waiting.popleft())
+                child.jobs.append(job)
 
     def _collect(self) -> Iterator[CompileOutcome]:
         """Answers, deaths and overruns of the busy children; blocks for at most a fifth of a second."""
@@ -200,6 +189,7 @@ class CompilePool:
                 else:
                     child.jobs.popleft()
                     child.deadline = now + self._timeout_s
+                    self._waiting.learn(outcome)
                 yield outcome
             elif child.jobs and now > child.deadline:
                 state = odd_state(child.process.pid)
@@ -213,7 +203,7 @@ class CompilePool:
         if job in self._crashed:
             return False
         self._crashed.append(job)
-        self._waiting.appendleft(job)
+        self._waiting.put_back([job])
         return True
 
     def _lose(self, index: int) -> None:
@@ -221,7 +211,7 @@ class CompilePool:
         child = self._children[index]
         _stop(child)
         child.jobs.popleft()
-        self._waiting.extendleft(reversed(child.jobs))
+        self._waiting.put_back(child.jobs)
         self._children[index] = _start(self._specs, self._target)
 
 
@@ -233,7 +223,7 @@ def compile_many(
     timeout_s: float = 60.0,
 ) -> Iterator[CompileOutcome]:
     """Outcomes as they come; `specs` holds the spec of every family named by the jobs."""
-    pool = CompilePool(specs, target, processes or usable_cores(), timeout_s)
+    pool = CompilePool(specs, target, processes or usable_cores(), timeout_s, jobs_ahead=1)  # its owner only waits
     try:
         pool.submit(jobs)
         while outcomes := pool.wait():
