@@ -22,6 +22,7 @@ from ..spec import KernelSpec, Problem
 from .compile import compile_variant, need_compiler
 from .jobs import CompileJob, CompileOutcome, WaitingJobs
 from .lifetime import die_with_parent, has_ended, odd_state
+from .warm import Collector, prepare_parent, totals_without_sympy
 
 __all__ = ["CompileJob", "CompileOutcome", "CompilePool", "compile_many"]
 
@@ -66,6 +67,7 @@ def _serve(pipe: Connection, specs: dict[str, KernelSpec], target: str, parent: 
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)  # ptxas prints to the terminal otherwise
     os.dup2(quiet, 2)
+    kept, collector = totals_without_sympy(), Collector()  # noqa: F841 - as long as the child lives
     while True:
         try:
             job: CompileJob = pipe.recv()
@@ -76,6 +78,7 @@ def _serve(pipe: Connection, specs: dict[str, KernelSpec], target: str, parent: 
         except Exception:  # a bug of ours must not look like a crash of the compiler
             outcome = CompileOutcome(job, "compile", traceback.format_exc(limit=4))
         pipe.send(outcome)
+        collector.count()
 
 
 def _start(specs: dict[str, KernelSpec], target: str) -> _Child:
@@ -118,8 +121,7 @@ class CompilePool:
         jobs_ahead: int = JOBS_AHEAD,
     ) -> None:
         need_compiler()
-        import triton  # noqa: F401 - imported once here, inherited by every child
-
+        prepare_parent()
         self._specs, self._target, self._timeout_s, self._jobs_ahead = specs, target, timeout_s, jobs_ahead
         self._waiting = WaitingJobs()
         self._crashed: list[CompileJob] = []  # once

@@ -6,6 +6,7 @@ start. `python pool_child.py FAULT...`
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -17,10 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from cpu.codegen_child import PROBLEM, default, left_over, saboteur
 
 from nsa_autotune.codegen import pool
 from nsa_autotune.codegen.pool import CompileJob, compile_many
+from nsa_autotune.errors import KernelError
 from nsa_autotune.kernels import get_spec
 
 TIMEOUT_S = {"stop": 0.5, "bomb": 0.5, "deaf": 0.5}  # others do not hang
@@ -103,10 +106,22 @@ def idle_death() -> list[str]:
     return found
 
 
+def settled() -> list[str]:
+    """A child tells whether cycles are looked for at any time, and what a running total made it import."""
+
+    def tell() -> None:
+        same = (tensor := torch.empty(4, device="meta")).cumsum_(0) is tensor
+        raise KernelError(f"automatic: {gc.isenabled()}, same: {same}, sympy: {'sympy' in sys.modules}")
+
+    job = CompileJob("teller", PROBLEM.to_dict(), default("gate_sum_fwd"))
+    return [outcome.reason for outcome in compile_many({"teller": saboteur(tell)}, [job], "cuda:90", processes=1)]
+
+
 def main() -> None:
     """See the module's docstring."""
     seen: dict[str, Any] = {fault: outcomes(fault) for fault in sys.argv[1:]}
     seen["idle_death"] = idle_death()
+    seen["settled"] = settled()
     seen["left_over"] = left_over()
     print(json.dumps(seen))
 

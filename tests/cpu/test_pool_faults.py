@@ -61,5 +61,10 @@ def test_a_process_that_dies_idle_costs_no_job(seen: dict[str, Any]) -> None:
     assert seen["idle_death"] == ["constraint"] * 3
 
 
+def test_a_child_collects_between_variants_and_does_not_import_sympy(seen: dict[str, Any]) -> None:
+    (told,) = seen["settled"]
+    assert told.startswith("automatic: False, same: True, sympy: False")
+
+
 def test_no_process_is_left(seen: dict[str, Any]) -> None:
     assert seen["left_over"] == []
