@@ -20,6 +20,7 @@ from .task import Task
 from .tuner import Measurer, race_configs
 
 REAL_LOSS = math.log(1.03)  # log-ratio beyond which a loss is reported and worth a search
+CACHED_MS = 100  # less was not compiled, but lay in Triton's cache
 CARRIED_FROM = "carried_from"  # entry of a winner's resources: digest of the fingerprint that its samples come from
 CARRIED_TEMPLATE = "carried_template"  # and the template's digest there
 
@@ -115,14 +116,16 @@ def stored_trials(stale: Stale, store: TuningStore) -> list[TrialRecord]:
 def compile_candidates(stale: Stale, spec: KernelSpec, store: TuningStore, compiler: CompileAll | None) -> Compiled:
     """Compile a stale winner's best few; without a compiler nothing is known of their code, and all of them race."""
     trials, configs = _trials_and_candidates(stale, spec, store)
-    outcomes = () if compiler is None else compiler(_jobs(stale, configs))
+    then = known_codes(stale, trials)
+    outcomes = () if compiler is None else compiler(_jobs(stale, configs, then))
     now = {config_key(outcome.job.config): outcome for outcome in outcomes}
-    return Compiled(stale, configs, known_codes(stale, trials), now)
+    return Compiled(stale, configs, then, now)
 
 
 def candidate_jobs(stale: Stale, spec: KernelSpec, store: TuningStore) -> list[CompileJob]:
     """What `compile_candidates` asks the compiler for."""
-    return _jobs(stale, _trials_and_candidates(stale, spec, store)[1])
+    trials, configs = _trials_and_candidates(stale, spec, store)
+    return _jobs(stale, configs, known_codes(stale, trials))
 
 
 def _trials_and_candidates(
@@ -132,8 +135,14 @@ def _trials_and_candidates(
     return trials, candidates(stale, spec, trials)
 
 
-def _jobs(stale: Stale, configs: Sequence[Config]) -> list[CompileJob]:
-    return [CompileJob(stale.winner.family, stale.winner.problem, config) for config in configs]
+def _jobs(stale: Stale, configs: Sequence[Config], then: Mapping[str, Mapping[str, object]]) -> list[CompileJob]:
+    family, problem = stale.winner.family, stale.winner.problem
+    return [CompileJob(family, problem, config, _compile_ms(then.get(config_key(config)))) for config in configs]
+
+
+def _compile_ms(resources: Mapping[str, object] | None) -> float | None:
+    taken = None if resources is None else resources.get("compile_ms")
+    return float(taken) if isinstance(taken, int | float) and taken > CACHED_MS else None
 
 
 def is_recorded(stale: Stale, store: TuningStore) -> bool:

@@ -30,6 +30,7 @@ from nsa_autotune.search.drift import BEST, candidates, expected_cost, known_cod
 from nsa_autotune.search.recertify import (
     Recertified,
     Search,
+    candidate_jobs,
     compile_candidates,
     forecast,
     recertify_winner,
@@ -469,6 +470,18 @@ def test_it_costs_at_most_a_tenth_of_tuning(store: TuningStore) -> None:
         confirm_winner(task, measurer=again, store=store)
         assert done.ending == ending
         assert least <= sum(map(len, again.races)) <= tuned / 10 * bool(least) and again.measured == []
+
+
+def test_the_compiler_is_told_what_a_compilation_took_before(store: TuningStore) -> None:
+    for stored_ms, told_ms in ((2000.0, 2000.0), (7.5, None), (None, None)):  # 7.5: it lay in Triton's cache
+        resources = {**code_of(warps(2)), **({} if stored_ms is None else {"compile_ms": stored_ms})}
+        store.set_winner(old_winner(warps(2), resources=resources))
+        (stale,) = stale_winners(store.winners(), HERE, SPECS, DIGESTS)
+        jobs = candidate_jobs(stale, SPEC, store)
+        assert {config_key(job.config): job.expected_ms for job in jobs}[config_key(warps(2))] == told_ms
+        assert all(job.expected_ms is None for job in jobs if job.config != warps(2))
+        compile_candidates(stale, SPEC, store, compiler := Compiler())
+        assert [(job.key, job.expected_ms) for job in compiler.jobs] == [(job.key, job.expected_ms) for job in jobs]
 
 
 def test_a_forecast_says_what_would_happen_and_stores_nothing(store: TuningStore) -> None:

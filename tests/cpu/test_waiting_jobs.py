@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from nsa_autotune.codegen.compile import Resources
@@ -40,6 +42,15 @@ def test_families_that_take_long_come_first_and_unknown_ones_before_them() -> No
     for outcome in (took("fast8", 10.0), took("slow8", 9.0), took("slow9", 13.0), took("new9", None)):
         waiting.learn(outcome)  # slow: 11 ms a job in the mean
     assert names(waiting) == ["new1", "slow1", "slow2", "fast1", "fast2"]
+
+
+def test_what_a_job_took_before_counts_more_than_the_mean_of_its_family() -> None:
+    waiting = WaitingJobs()
+    told = zip(jobs("a1", "a2", "b1", "a3", "a4"), (5.0, 20.0, None, 12.0, 12.0), strict=True)
+    waiting.extend(replace(job, expected_ms=expected_ms) for job, expected_ms in told)
+    for outcome in (took("a9", 100.0), took("b9", 10.0)):
+        waiting.learn(outcome)
+    assert names(waiting) == ["a2", "a3", "a4", "b1", "a1"]
 
 
 def test_what_came_back_is_next_in_its_order() -> None:
