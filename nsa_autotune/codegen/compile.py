@@ -18,6 +18,7 @@ from .machine_code import join_shas, machine_code_sha, usage_of
 from .render import Rendered, render
 from .shapes import INDEX_FILLS, is_left_out, resolve_dtype, resolve_shape, symbol_sizes
 from .target import Target, absent_gpu, parse_target, shared_limit_bytes
+from .warm import WithoutSympy
 
 __all__ = ["Resources", "compile_variant", "meta_arguments", "parse_target", "shared_limit_bytes"]
 
@@ -76,7 +77,7 @@ def compile_variant(spec: KernelSpec, problem: Problem, config: Config, target: 
     arguments = meta_arguments(spec, problem)
     started = time.perf_counter()
     try:
-        with absent_gpu(goal):
+        with absent_gpu(goal), WithoutSympy():
             kernels = launch(**arguments, warmup=True)
     except Exception as error:  # whatever the compiler raises is this variant's failure, told with its template lines
         raise KernelError(f"{spec.family} does not compile for {target}: {explain(error, rendered)}") from error

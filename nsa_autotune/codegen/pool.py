@@ -22,7 +22,7 @@ from ..spec import KernelSpec, Problem
 from .compile import compile_variant, need_compiler
 from .jobs import CompileJob, CompileOutcome, WaitingJobs
 from .lifetime import die_with_parent, has_ended, odd_state
-from .warm import Collector, prepare_parent, totals_without_sympy
+from .warm import Collector, prepare_parent
 
 __all__ = ["CompileJob", "CompileOutcome", "CompilePool", "compile_many"]
 
@@ -67,7 +67,7 @@ def _serve(pipe: Connection, specs: dict[str, KernelSpec], target: str, parent: 
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)  # ptxas prints to the terminal otherwise
     os.dup2(quiet, 2)
-    kept, collector = totals_without_sympy(), Collector()  # noqa: F841 - as long as the child lives
+    collector = Collector()
     while True:
         try:
             job: CompileJob = pipe.recv()

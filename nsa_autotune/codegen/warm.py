@@ -6,8 +6,9 @@ import gc
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
-__all__ = ["Collector", "prepare_parent", "totals_without_sympy"]
+__all__ = ["Collector", "WithoutSympy", "prepare_parent"]
 
 COLLECT_EVERY = 16  # variants; each leaves up to 2 MB of cycles
 
@@ -39,18 +40,12 @@ class Collector:
             gc.collect()
 
 
-def totals_without_sympy() -> torch.library.Library | None:
-    """While it is kept, `cumsum_` of a tensor without storage returns it: torch imports sympy to do that, for 1 s.
+class WithoutSympy(TorchFunctionMode):
+    """Within it `cumsum_` of a tensor without storage returns it: torch imports sympy to do that, for 1 s a process."""
 
-    None where torch does not let it be replaced: it is slower there.
-    """
-
-    def unchanged(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return tensor
-
-    library = torch.library.Library("aten", "IMPL", "Meta")
-    try:
-        library.impl("cumsum_", unchanged, allow_override=True)
-    except (TypeError, RuntimeError):  # an older torch
-        return None
-    return library
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.cumsum_:
+            return args[0]
+        return func(*args, **(kwargs or {}))
