@@ -1,9 +1,9 @@
 """Claim: a problem that is tuned again gets the same winner, or one that was tied with it; the GPU seldom waits.
 
 Tunes one problem of each family --retunes times, each time from another seed into an empty database, and writes
-`results/<date>-<gpu>-tuner.md` and `.json`: how often the winner was the first run's or a member of its tie set, how
-far apart the winners' times are, what a run took, and how long the GPU waited for compilers meanwhile. With --replay
-the problems are those of recorded spaces, and no GPU is needed (`-tuner-replayed`); drift between runs is not met then.
+`results/<date>-<gpu>-tuner.md` and `.json`: how often the winner was the usual one or tied with it, how far apart the
+winners' times are, what a run took, and how long the GPU waited for compilers meanwhile. With --replay the problems
+are those of recorded spaces, and no GPU is needed (`-tuner-replayed`); drift between runs is not met then.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import math
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -46,6 +47,7 @@ COLUMNS = (
     "problem",
     "runs",
     "agree",
+    "by the first",
     "winners",
     "median us",
     "worst / best",
@@ -69,26 +71,35 @@ class Run:
         """Equal for configs that run the same machine code on the same grid."""
         return self.codes.get(config_key(config), config_key(config))
 
+    @property
+    def accepted(self) -> frozenset[str]:
+        """Codes of the winner and its stored ties."""
+        return frozenset(self.code(config) for config in (self.config, *self.tied))
+
 
 @dataclass(frozen=True)
 class Repeated:
-    """All tunings of one problem, the first one aside the ones that are judged by it."""
+    """All tunings of one problem."""
 
     family: str
     problem: dict[str, Any]
     runs: tuple[Run, ...]
 
     @property
-    def agreeing(self) -> int:
-        """Runs whose winner runs the code of the first run's, or of one that was tied with it."""
-        first = self.runs[0]
-        accepted = {first.code(config) for config in (first.config, *first.tied)}
-        return sum(run.code(run.config) in accepted for run in self.runs)
+    def usual(self) -> int:
+        """The first run that chose what most runs chose."""
+        codes = [run.code(run.config) for run in self.runs]
+        return codes.index(Counter(codes).most_common(1)[0][0])
+
+    def agreeing(self, with_run: int) -> int:
+        """Runs of which this one's winner is the winner, or tied with it by the race of either."""
+        base = self.runs[with_run]
+        return sum(run.code(run.config) in base.accepted or base.code(base.config) in run.accepted for run in self.runs)
 
     @property
     def agrees(self) -> bool:
-        """True if at least 95 % of the runs agree: 19 of 20."""
-        return self.agreeing >= math.ceil(BAR * len(self.runs) - 1e-9)
+        """True if at least 95 % of the runs agree with the usual one: 19 of 20."""
+        return self.agreeing(self.usual) >= math.ceil(BAR * len(self.runs) - 1e-9)
 
 
 def repeat(tune: Callable[[int], Run | None], runs: int, family: str, problem: Problem) -> Repeated:
@@ -135,7 +146,8 @@ def row(repeated: Repeated) -> tuple[str, ...]:
         repeated.family,
         f"T {problem.seq_k}, HQ {problem.num_q_heads}, H {problem.num_kv_heads}, d {problem.d_qk}/{problem.d_v}",
         str(len(times)),
-        f"{repeated.agreeing} of {len(times)}" + ("" if repeated.agrees else " (missed)"),
+        f"{repeated.agreeing(repeated.usual)} of {len(times)}" + ("" if repeated.agrees else " (missed)"),
+        str(repeated.agreeing(0)),
         str(len({run.code(run.config) for run in repeated.runs})),
         f"{median(times):.1f}",
         f"{max(times) / min(times):.3f}",
@@ -157,10 +169,10 @@ def page(found: Sequence[Repeated], facts: dict[str, str], command: str, budget:
         "|" + "---|" * len(COLUMNS),
         *("| " + " | ".join(row(repeated)) + " |" for repeated in found),
         "",
-        "agree: runs whose winner is the first run's or was tied with it; winners: different ones. Configs that run",
-        "the same machine code on the same grid are one. worst / best: of the winners' medians, each from a race of",
-        "its own. waited: share of a run in which nothing was ready to be measured. The first run compiles what later",
-        "ones find in Triton's cache.",
+        "agree: runs whose winner is what most runs chose, or was tied with it by the race of either; by the first:",
+        "the same, beside the first run. winners: different ones. Configs that run the same machine code on the same",
+        "grid are one. worst / best: of the winners' medians, each from a race of its own. waited: share of a run in",
+        "which nothing was ready to be measured. The first run compiles what later ones find in Triton's cache.",
     ]
     return "\n".join(lines) + "\n"
 

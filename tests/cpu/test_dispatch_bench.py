@@ -23,18 +23,26 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_mark_is_met_per_kernel(bench: Any) -> None:
-    two = bench.Line("union", print, kernels=2, mark_us=5.0)
-    assert bench.row_of(two, [8.0, 9.0, 9.5, 10.0, 40.0]) == ("union", 2, "9.50", "8.20..34.00", "4.75", "5 (met)")
-    assert bench.row_of(two, [10.5] * 5)[-2:] == ("5.25", "5 (missed)")
+    two, samples = bench.Line("union", print, kernels=2, mark_us=5.0), [8.0, 9.0, 9.5, 10.0, 40.0]
+    whole = ("union", 2, "9.50", "8.20..34.00", "4.75", "", "5 (met)")
+    assert bench.row_of(two, samples, {"union": 9.5}) == whole
+    assert bench.row_of(two, [10.5] * 5, {"union": 10.5})[-3:] == ("5.25", "", "5 (missed)")
     lookup = bench.Line("lookup", print, mark_us=1.0)
-    assert bench.row_of(lookup, [1.2] * 5) == ("lookup", "", "1.20", "1.20..1.20", "", "1 (missed)")
+    assert bench.row_of(lookup, [1.2] * 5, {"lookup": 1.2})[2:] == ("1.20", "1.20..1.20", "", "", "1 (missed)")
+
+
+def test_what_the_c_launcher_takes_is_not_pythons(bench: Any) -> None:
+    two = bench.Line("union", print, kernels=2, mark_us=5.0, without="alone")
+    for alone_us, python, mark in ((8.0, "4.00", "5 (met)"), (4.0, "6.00", "5 (missed)")):
+        cells = bench.row_of(two, [16.0] * 5, {"union": 16.0, "alone": alone_us})
+        assert cells[-3:] == ("8.00", python, mark)
 
 
 def test_the_page_has_facts_lines_and_notes(bench: Any) -> None:
     facts = {"GPU": "none: stub driver", "slug": "cpu-stub", "date": "2026-01-02T03:04:05+00:00"}
     page = bench.make_page(facts, [bench.Line("lookup", print)], [[0.5, 0.5, 0.5]])
     assert page.startswith("# Host cost of a launch, cpu-stub, 2026-01-02\n")
-    assert "| GPU | none: stub driver |" in page and "| lookup |  | 0.50 | 0.50..0.50 |  |  |" in page
+    assert "| GPU | none: stub driver |" in page and "| lookup |  | 0.50 | 0.50..0.50 |  |  |  |" in page
     assert "slug" not in page and all(note in page for note in bench.NOTES)
 
 

@@ -47,20 +47,30 @@ def repeated(tuner: ModuleType, others: Sequence[int]) -> Any:
     return tuner.Repeated("win_attn_fwd", PROBLEM.to_dict(), runs)
 
 
-def test_a_run_agrees_by_the_first_winner_or_its_ties(tuner: ModuleType) -> None:
+def test_a_run_agrees_by_the_usual_winner_or_a_tie_with_it(tuner: ModuleType) -> None:
     found = repeated(tuner, [4] * 10 + [8] * 8 + [2])
-    assert (found.agreeing, len(found.runs), found.agrees) == (19, 20, True)
+    assert (found.usual, found.agreeing(0), len(found.runs), found.agrees) == (0, 19, 20, True)
     assert repeated(tuner, [4] * 17 + [2, 1]).agrees is False
     row = dict(zip(tuner.COLUMNS, tuner.row(found), strict=True))
-    assert (row["agree"], row["winners"], row["worst / best"]) == ("19 of 20", "3", "1.010")
+    assert (row["agree"], row["by the first"], row["winners"], row["worst / best"]) == ("19 of 20", "19", "3", "1.010")
     assert (row["s a run"], row["trials/s"], row["waited"]) == ("5.0", "2.0", "20%")
+
+
+def test_an_unusual_first_run_is_no_measure_for_the_others(tuner: ModuleType) -> None:
+    """The first chose 4 warps, tied with 8; most chose 8, one 2 warps, tied with 8 by its own race; one chose 1."""
+    effort = Effort(10, 5.0, 1.0)
+    found = repeated(tuner, [8] * 16)
+    others = (tuner.Run(warps(2), (warps(8),), 101.0, effort), tuner.Run(warps(1), (), 101.0, effort))
+    found = replace(found, runs=(*found.runs, *others))
+    assert (found.usual, found.agreeing(found.usual), found.agreeing(0)) == (1, 18, 17)
+    assert found.agrees is False and replace(found, runs=found.runs[:-1]).agrees is True
 
 
 def test_configs_that_run_the_same_code_are_one_winner(tuner: ModuleType) -> None:
     codes = dict(zip((tuner.config_key(warps(count)) for count in (1, 2, 4, 8)), "abac", strict=True))
     found = repeated(tuner, [1, 2])
     found = replace(found, runs=tuple(replace(run, codes=codes) for run in found.runs))
-    assert found.agreeing == 2, "1 and 4 warps are one code"
+    assert found.agreeing(0) == 2, "1 and 4 warps are one code"
     assert dict(zip(tuner.COLUMNS, tuner.row(found), strict=True))["winners"] == "2"
     assert tuner.code_of({"binary_sha": "x", "call_sha": "y"}) == "x y" and tuner.code_of({}) == ""
 
@@ -68,7 +78,7 @@ def test_configs_that_run_the_same_code_are_one_winner(tuner: ModuleType) -> Non
 def test_the_page_names_command_versions_and_what_was_missed(tuner: ModuleType) -> None:
     text = tuner.page([repeated(tuner, [2])], FACTS, "python benchmarks/tuner.py", "60 trials")
     assert "Fake 100, 2026-01-02" in text and "`python benchmarks/tuner.py`" in text and "triton 3" in text
-    assert "| 1 of 2 (missed) |" in text and "budget of a run: 60 trials" in text
+    assert "| 1 of 2 (missed) | 1 |" in text and "budget of a run: 60 trials" in text
 
 
 class Noisy(FakeMeasurer):
@@ -103,7 +113,7 @@ def test_tunings_of_a_whole_space_agree_and_count_their_effort(tuner: ModuleType
         return tuner.tune_once(SPEC, PROBLEM, seed, trials(1000), **how)
 
     found = tuner.repeat(tune, 2, SPEC.family, PROBLEM)
-    assert found.agreeing == 2 and found.agrees
+    assert found.agreeing(0) == 2 and found.agrees
     assert all(run.effort.trials > 900 and run.effort.seconds > run.effort.waited_seconds for run in found.runs)
     with pytest.raises(NSAError, match="no config works"):
         tuner.repeat(lambda seed: None, 3, SPEC.family, PROBLEM)
