@@ -17,6 +17,7 @@ from ..spec import Config, KernelSpec, Problem
 MAX_SPILL_BYTES = 512  # a thread; more was never near the best
 TIMEOUT_S = 90.0  # of a compilation
 AHEAD = 3  # configs under way for each compiling process
+LEAST_ASIDE = 8  # processes, of which some are idle while a GPU measures
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Preparer(Protocol):
     """Gets configs ready to be measured, several at a time."""
 
     ahead: int  # configs worth having under way
+    aside: int  # more configs that it can compile at a time for nothing, and tell the resources of; 0 if none
 
     def submit(self, spec: KernelSpec, problem: Problem, configs: Sequence[Config]) -> None:
         """Begin with them."""
@@ -48,6 +50,7 @@ class Unprepared:
     """Hands configs on as they come: the measuring process compiles them."""
 
     ahead = 1
+    aside = 0
 
     def __init__(self) -> None:
         self._queue: deque[Config] = deque()
@@ -70,6 +73,7 @@ class CompileAhead:
 
     def __init__(self, target: str, processes: int) -> None:
         self.ahead = AHEAD * max(1, processes)
+        self.aside = processes // 2 if processes >= LEAST_ASIDE else 0  # the others are for what is measured next
         self._pool = CompilePool(dict(all_specs()), target, max(1, processes), TIMEOUT_S)
         self._under_way: set[str] = set()
 

@@ -100,7 +100,7 @@ class ReplayMeasurer:
 class ReplayPreparer(Unprepared):
     """Charges what compiling took on CORES cores, and hands out the failures recorded before a launch."""
 
-    ahead = CORES
+    ahead = aside = CORES
 
     def __init__(self, space: RecordedSpace, clock: ReplayClock) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class ReplayPreparer(Unprepared):
         self.clock.charge(float(told.get("compile_ms", COMPILE_S * 1e3)) / 1e3 / CORES)
         if found is not None and found.result.status in ("constraint", "render", "compile", "resource"):
             return [replace(prepared, failure=found.result)]
-        return [replace(prepared, code=code_of(told))]
+        return [replace(prepared, code=code_of(told), resources=dict(told))]
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,10 @@ class ConfigSearch:
         if self.space.is_legal(config) and config_key(config) not in self._times_us:
             self.record(config, median_us, twin=twin)
 
+    def is_seen(self, config: Config) -> bool:
+        """True for a config that is known, excluded or under way."""
+        return config_key(config) in self._seen
+
     def exclude(self, keys: Iterable[str]) -> None:
         """Never propose the configs with these keys."""
         self._seen.update(keys)

@@ -29,6 +29,7 @@ from .progress import (
     count_statuses,
 )
 from .quarantine import quarantined
+from .screen import Screen
 from .space import config_key
 from .study import ConfigSearch
 from .task import Task, known_trials, known_winner, seed_configs
@@ -153,6 +154,8 @@ class _Tuning:
         self.meter = Meter(budget, 0 if retune else spent, clock)
         self.search = ConfigSearch(task.space, seed=seed, seeds=[*first, *self._first_configs(budget, seed)])
         self.search.exclude(banned)
+        self.screen = Screen(task, store, 0 if self._is_covered(budget) else self.preparer.aside, seed)
+        self.ready: list[Prepared] = []  # proposals that the screen had compiled
         self.codes: dict[str, TrialRecord] = {}  # machine code -> the trial that measured it
         self.under_way = 0
         self.started_s, self.waited_s = time.perf_counter(), 0.0
@@ -160,6 +163,10 @@ class _Tuning:
             self.search.remember(record.config, record.median_us, twin=record.status == TWIN)
         left = None if budget.max_trials is None else max(0, budget.max_trials - self.meter.trials)
         progress.start(Plan(task.spec, task.problem, budget, len(self.records), left))
+
+    def _is_covered(self, budget: Budget) -> bool:
+        """True if the budget covers the whole space."""
+        return self.task.space.all_if_at_most(budget.max_trials or EXHAUSTIVE_LIMIT) is not None
 
     def _first_configs(self, budget: Budget, seed: int) -> list[Config]:
         """Seeds, and behind them in random order the whole space if the budget covers it."""
@@ -174,10 +181,15 @@ class _Tuning:
         try:
             while self._top_up():
                 for prepared in self._take():
+                    if self.screen.collect(prepared):
+                        continue
                     self.under_way -= 1
                     if self.meter.exhausted and self.search.ranked():
                         return  # compiling may take all the time there was: what works is then worth one measurement
                     self._decide(prepared)
+                    favourite = None if self.meter.exhausted else self.screen.favourite(self.codes)
+                    if favourite is not None:
+                        self._decide(favourite)
         finally:
             self.preparer.cancel()
 
@@ -192,6 +204,9 @@ class _Tuning:
         polish = self.meter.spent >= EXPLORE_SHARE
         proposals = [self.search.propose(polish=polish) for _ in range(count)]
         self._submit([config for config in proposals if config is not None])
+        drawn = self.screen.draw(self.meter.trials, self.search) if self.under_way else []
+        if drawn:
+            self.preparer.submit(self.task.spec, self.task.problem, drawn)
         return self.under_way > 0
 
     def _most_under_way(self, max_trials: int) -> int:
@@ -200,15 +215,22 @@ class _Tuning:
         return max(1, min(self.preparer.ahead, int(max_trials * AHEAD_SHARE) * (2 if waits else 1)))
 
     def _take(self) -> list[Prepared]:
+        if self.ready:
+            ready, self.ready = self.ready, []
+            return ready
         started_s = time.perf_counter()
         found = self.preparer.take()
         self.waited_s += time.perf_counter() - started_s
         return found
 
     def _submit(self, configs: list[Config]) -> None:
-        if configs:
-            self.preparer.submit(self.task.spec, self.task.problem, configs)
-            self.under_way += len(configs)
+        """Have them compiled, unless the screen did or is about to."""
+        held = {config_key(config): self.screen.take(config) for config in configs}
+        self.ready += [prepared for prepared in held.values() if prepared is not None]
+        fresh = [config for config in configs if held[config_key(config)] is None and not self.screen.release(config)]
+        if fresh:
+            self.preparer.submit(self.task.spec, self.task.problem, fresh)
+        self.under_way += len(configs)
 
     def _decide(self, prepared: Prepared) -> None:
         """Measure a config, unless it failed to compile or its machine code was measured before; store and learn."""

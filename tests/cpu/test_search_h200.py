@@ -39,10 +39,11 @@ def test_the_export_holds_seventeen_spaces_of_one_gpu() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "seq"), [("cmp_attn_fwd", 16_384), ("win_attn_bwd_dq", 8192), ("cmp_mlp_fwd", 8192)]
+    ("family", "seq"),
+    [("cmp_attn_fwd", 16_384), ("win_attn_bwd_dq", 8192), ("cmp_mlp_fwd", 8192), ("win_attn_bwd_dq", 4096)],
 )
 def test_a_quarter_of_the_trials_comes_within_3_percent(family: str, seq: int) -> None:
-    """The bound of the median over seeds; random search loses no less in any of the three."""
+    """The bound of the median over seeds; random search loses no less in any. The last needs the model's favourites."""
     space = space_of(family, seq)
     runs = {method: [replay(space, method, "25%", seed) for seed in SEEDS] for method in ("tune", "random")}
     lost = {method: median(run.regret for run in found if run.regret is not None) for method, found in runs.items()}

@@ -155,7 +155,7 @@ def test_time_is_charged_for_measuring_and_compiling() -> None:
     records = [replace(RECORDS[0], resources={**(RECORDS[0].resources or {}), "compile_ms": 8000.0}), *RECORDS[1:]]
     preparer = ReplayPreparer(make_space(SPEC, records), ReplayClock())
     preparer.submit(SPEC, PROBLEM, [config])
-    assert preparer.take() == [Prepared(config)]
+    assert preparer.take() == [Prepared(config, resources=records[0].resources)]
     assert preparer.clock.now_s == pytest.approx(0.5)  # 8 s on one core of 16
     refused = replace(RECORDS[1], status="resource", reason="spills", samples_us=(), median_us=None)
     space = make_space(SPEC, [RECORDS[0], refused, *RECORDS[2:]])
