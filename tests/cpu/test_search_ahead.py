@@ -85,6 +85,16 @@ def test_what_was_cancelled_does_not_come_back(monkeypatch: pytest.MonkeyPatch) 
     assert isinstance(pool, FakePool) and pool.closed
 
 
+@pytest.mark.parametrize(("processes", "aside"), [(16, 8), (8, 4), (7, 0), (2, 0)])
+def test_half_of_many_compilers_may_work_beside_the_search(
+    processes: int, aside: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ahead, "CompilePool", FakePool)
+    with CompileAhead("cuda:90", processes) as compiling:
+        assert compiling.aside == aside
+    assert Unprepared.aside == 0
+
+
 @pytest.mark.parametrize(("capability", "processes"), [("9.0", 1), ("7.0", 16)])
 def test_nothing_is_compiled_ahead_where_it_is_pointless(capability: str, processes: int) -> None:
     with compile_ahead(capability, processes) as preparer:
