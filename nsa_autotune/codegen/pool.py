@@ -136,7 +136,8 @@ class CompilePool:
     def submit(self, jobs: Iterable[CompileJob]) -> None:
         """Queue jobs; families that take long come first."""
         self._waiting.extend(jobs)
-        while len(self._children) < min(self._processes, len(self._waiting)):
+        busy = sum(bool(child.jobs) for child in self._children)
+        while len(self._children) < min(self._processes, busy + len(self._waiting)):
             self._children.append(_start(self._specs, self._target))
         self._hand_out()
 

@@ -105,6 +105,19 @@ def idle_death() -> list[str]:
     return found
 
 
+def beside_busy_ones() -> list[int]:
+    """Children after each of three submissions, with at most three: what comes while others work need not wait."""
+    spec = get_spec("gate_sum_fwd")
+    jobs = [CompileJob("gate_sum_fwd", PROBLEM.to_dict(), {**default("gate_sum_fwd"), "BLOCK": n}) for n in range(3, 8)]
+    opened, counts = pool.CompilePool({"gate_sum_fwd": spec}, "cuda:90", 3, 60.0), []
+    for some in (jobs[:1], jobs[1:2], jobs[2:]):
+        opened.submit(some)
+        counts.append(len(opened._children))
+        opened._hand_out()
+    opened.close()
+    return counts
+
+
 def settled() -> list[str]:
     """A child that compiled running totals tells whether cycles are looked for at any time, and what it imported."""
 
@@ -120,6 +133,7 @@ def main() -> None:
     """See the module's docstring."""
     seen: dict[str, Any] = {fault: outcomes(fault) for fault in sys.argv[1:]}
     seen["idle_death"] = idle_death()
+    seen["beside_busy_ones"] = beside_busy_ones()
     seen["settled"] = settled()
     seen["left_over"] = left_over()
     print(json.dumps(seen))

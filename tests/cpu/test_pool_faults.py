@@ -61,6 +61,10 @@ def test_a_process_that_dies_idle_costs_no_job(seen: dict[str, Any]) -> None:
     assert seen["idle_death"] == ["constraint"] * 3
 
 
+def test_a_process_starts_for_what_waits_beside_busy_ones(seen: dict[str, Any]) -> None:
+    assert seen["beside_busy_ones"] == [1, 2, 3]
+
+
 def test_a_child_collects_between_variants_and_does_not_import_sympy(seen: dict[str, Any]) -> None:
     compiled, told = seen["settled"]
     assert compiled == "ok " and "automatic: False, sympy: False" in told
