@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
-from forward import RESULTS, without_places, write_page
+from forward import RESULTS, positive, without_places, write_page
 
 from nsa_autotune.cli.console import errors
 from nsa_autotune.cli.options import ProblemChoice, choose_specs, split
@@ -102,21 +102,14 @@ def page(
     return "\n".join(lines) + "\n"
 
 
-def processes(text: str) -> int:
-    """A number of them."""
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"at least one process compiles; got {text}")
-    return int(text)
-
-
 def main(arguments: Sequence[str]) -> int:
     """Compile, print and write; 0 if the mark is met, 1 if not, 2 after a mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="gqa16-d128")
     parser.add_argument("--seq", default="8k")
     parser.add_argument("--families", default=FAMILIES)
-    parser.add_argument("--count", type=int, default=64, help="variants of a family")
-    parser.add_argument("--jobs", type=processes, default=usable_cores(), help="processes")
+    parser.add_argument("--count", type=positive, default=64, help="variants of a family")
+    parser.add_argument("--jobs", type=positive, default=usable_cores(), help="processes")
     parser.add_argument("--target", default="cuda:90")
     parser.add_argument("--folder", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from dispatch_machine import machine
 from dispatch_raw import raw_launch
-from forward import without_places, write_page
+from forward import positive, without_places, write_page
 
 from nsa_autotune import KVCache, NativeSparseAttention, NSAConfig, nsa_attention
 from nsa_autotune.cli.bench_report import markdown_table
@@ -111,10 +111,13 @@ def main(arguments: Sequence[str]) -> int:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options; all have defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=150)
-    parser.add_argument("--calls", type=int, default=20, help="few, as kernels alternate in a model")
+    parser.add_argument("--samples", type=positive, default=150)
+    parser.add_argument("--calls", type=positive, default=20, help="few, as kernels alternate in a model")
     parser.add_argument("--folder", type=Path, default=RESULTS)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.samples < 2:
+        parser.error(f"--samples: a spread needs at least two; got {options.samples}")
+    return options
 
 
 def dispatcher(device: torch.device, prepared: bool = True) -> Dispatcher:

@@ -80,6 +80,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def positive(text: str) -> int:
+    """A number from 1 on, as an option's type."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 on is needed; got {text}")
+    return int(text)
+
+
 def asked_dtypes(text: str) -> tuple[str, ...]:
     """The dtypes of --dtype by their full names; none if it was not given."""
     return tuple(dict.fromkeys(map(parse_dtype, split([text]))))

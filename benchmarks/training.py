@@ -43,6 +43,7 @@ from nsa_autotune.cli.bench_report import CUDNN, FLASH, Report, Row, seq_text
 from nsa_autotune.cli.bench_run import check_device, check_plan, make_report, measure_rates, open_bench, time_group
 from nsa_autotune.cli.console import errors
 from nsa_autotune.cli.options import ProblemChoice, split
+from nsa_autotune.cli.tune_run import EXIT_INTERRUPTED
 from nsa_autotune.errors import InvalidInput, NSAError
 from nsa_autotune.kernels import all_specs, get_spec
 from nsa_autotune.spec import Problem
@@ -63,12 +64,15 @@ def main(arguments: Sequence[str]) -> int:
     try:
         plan, where = make_plan(options), check_device(options.device)
         options.folder.mkdir(parents=True, exist_ok=True)  # fail before measuring, not after
-        report, memory = run(plan, options, where, command)
-        for path in write_results(report, memory, options):
+        report, memory, whole = run(plan, options, where, command)
+        for path in write_results(report, memory, options, whole):
             print(path)
     except NSAError as error:
         errors().print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 2
+    if not whole:
+        errors().print("interrupted: the page holds the lengths that were measured before", style="yellow")
+        return EXIT_INTERRUPTED
     return int(any(row.failed for row in report.rows))
 
 
@@ -110,14 +114,24 @@ def make_plan(options: argparse.Namespace) -> list[Work]:
 
 def run(
     plan: Sequence[Work], options: argparse.Namespace, where: torch.device, command: str
-) -> tuple[Report, list[Memory]]:
-    """Measure the plan and the sections asked for."""
+) -> tuple[Report, list[Memory], bool]:
+    """Measure the plan and the sections asked for; False if Ctrl-C ended it, which keeps the lengths measured."""
     how: dict[str, Any] = {"db": options.db, "untuned": options.untuned, "rounds": options.rounds, "say": say}
     with open_bench(where, **how, target_ms=TARGET_MS) as bench:
         dtypes = dict.fromkeys([*(work.problem.dtype for work in plan), *section_dtypes(options)])
         rates = {dtype: measure_rates(bench, dtype) for dtype in dtypes}
-        rows, memory = gather(sections(plan, options, bench), where, keep=True)
-    return make_report(bench, command, options.untuned, rates, rows), memory
+        rows: list[Row] = []
+        memory: list[Memory] = []
+        whole = True
+        try:
+            for section in sections(plan, options, bench):
+                more_rows, more_memory = gather([section], where)
+                rows, memory = rows + more_rows, memory + more_memory
+        except KeyboardInterrupt:
+            if not rows:
+                raise
+            whole = False
+    return make_report(bench, command, options.untuned, rates, rows), memory, whole
 
 
 def sections(plan: Sequence[Work], options: argparse.Namespace, bench: Bench) -> list[Callable[[], Found]]:
@@ -137,13 +151,13 @@ def section_dtypes(options: argparse.Namespace) -> tuple[str, ...]:
     return (asked_dtypes(options.dtype) or (Problem().dtype,)) if options.small_groups or options.memory else ()
 
 
-def write_results(report: Report, memory: Sequence[Memory], options: argparse.Namespace) -> list[Path]:
-    """The dated page and the JSON behind it; returns their paths."""
+def write_results(report: Report, memory: Sequence[Memory], options: argparse.Namespace, whole: bool) -> list[Path]:
+    """The dated page and the JSON behind it, under a name of their own if they are not whole; returns their paths."""
     date, gpu = report.created[:10], report.fingerprint["gpu"]
     asked = {"small-groups": options.small_groups, "memory": options.memory}
     only = [] if options.preset else [name for name, wanted in asked.items() if wanted]  # pages of their own
     variant = [*(["mlp"] if options.phi == "mlp" else []), *asked_dtypes(options.dtype)]
-    stem = "-".join([date, gpu_slug(gpu), "training", *variant, *only])
+    stem = "-".join([date, gpu_slug(gpu), "training", *variant, *only, *([] if whole else ["interrupted"])])
     page = markdown(report, memory, f"Training on {gpu}, {date}")
     return write_page(
         options.folder / stem, page, json.dumps(to_dict(report, memory), indent=1, allow_nan=False) + "\n"
@@ -159,18 +173,12 @@ def measure(work: Work, bench: Bench, phi: str, hidden_size: int | None) -> Foun
     return rows + backward_rows(work, bench, phi), memory
 
 
-def gather(parts: Iterable[Callable[[], Found]], device: torch.device, *, keep: bool = False) -> Found:
-    """What all parts find; the memory of each is given back before the next. `keep`: Ctrl-C ends them, not the page."""
+def gather(parts: Iterable[Callable[[], Found]], device: torch.device) -> Found:
+    """What all parts find; the memory of each is given back before the next."""
     rows: list[Row] = []
     memory: list[Memory] = []
     for part in parts:
-        try:
-            more_rows, more_memory = part()
-        except KeyboardInterrupt:
-            if not (keep and rows):
-                raise
-            say("interrupted: the page has what was measured before this length")
-            break
+        more_rows, more_memory = part()
         rows, memory = rows + more_rows, memory + more_memory
         free(device)
     return rows, memory

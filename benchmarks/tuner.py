@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from forward import RESULTS, gpu_slug, without_places, write_page
+from forward import RESULTS, gpu_slug, positive, without_places, write_page
 
 from nsa_autotune.bench.worker import MeasureWorker
 from nsa_autotune.cli.console import errors
@@ -220,9 +220,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seq", default="8k")
     parser.add_argument("--families", default="", help="win_attn_fwd if none, with --replay all of the file")
     parser.add_argument("--replay", type=Path, metavar="FILE", help="an export with the trials of whole spaces")
-    parser.add_argument("--retunes", type=int, default=20)
+    parser.add_argument("--retunes", type=positive, default=20)
     parser.add_argument("--budget", default="quick")
-    parser.add_argument("--jobs", type=int, default=usable_cores())
+    parser.add_argument("--jobs", type=positive, default=usable_cores())
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--folder", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)

@@ -19,7 +19,7 @@ LONGEST_REST_S = 1.0
 TARGET_MS = 400.0  # of device time a variant, after which a race may end early
 LEAVES_AFTER = 3  # blocks
 LEAVES_AT = math.log(1.10)  # median log-ratio to the leader
-LEAVES_WITH_P = 0.01  # or this sure of being slower
+LEAVES_WITH_P = 0.001  # or this sure of being slower: it is asked after every block, for every rival
 
 
 @dataclass

@@ -57,7 +57,9 @@ def tune(
         str | None, typer.Option("--budget", help="quick, normal or full for each problem; or such as 200,30m in all.")
     ] = None,
     trials: Annotated[int | None, typer.Option("--trials", min=1, help="Trials for each problem.")] = None,
-    minutes: Annotated[float | None, typer.Option("--minutes", min=0.01, help="Minutes of the whole run.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", min=0.01, help="Minutes of the whole run; a problem gets 3 s at least.")
+    ] = None,
     target: Annotated[
         list[str] | None,
         typer.Option(

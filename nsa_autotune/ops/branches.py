@@ -151,6 +151,7 @@ def combine(
     gates: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, *, dispatcher: Dispatcher | None = None
 ) -> Tensor:
     """Eq. 5: g_cmp o_cmp + g_slc o_slc + g_win o_win, with gates `[.., TQ, HQ, 3]`."""
+    checks.check_tensor("o_cmp", o_cmp)
     checks.check_gates(gates, o_cmp)
     for name, branch in (("o_slc", o_slc), ("o_win", o_win)):
         checks.check_same(name, branch, o_cmp)

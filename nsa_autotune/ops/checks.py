@@ -23,7 +23,7 @@ def check_tensor(name: str, x: object) -> None:
             f"{name} must be of a floating-point dtype", {name: str(x.dtype)}, "Use .to(torch.bfloat16)."
         )
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:  # PyTorch would drop it
-        remedy = "Use the backward (vjp), or nsa_autotune.reference."
+        remedy = "Use torch.autograd.grad, or nsa_autotune.reference."
         raise InvalidInput("native sparse attention has no forward-mode derivative", {"tangent": name}, remedy)
 
 

@@ -75,7 +75,7 @@ def test_who_is_clearly_slower_leaves_and_the_sentinel_stays() -> None:
     race = run_race(fns(500.0, 502.0, 520.0, 700.0), clock=clock, rounds=24, sentinel=3, warmup_ms=0.0, target_ms=1e9)
     counts = [len(timing.samples_us) for timing in race.timings]
     assert counts[0] == counts[3] == 24
-    assert counts[2] < 12  # 4 % slower: the signed-rank test fires from the seventh block on
+    assert counts[2] == 10  # 4 % slower: the signed-rank test fires from the tenth block on
     race = run_race(fns(500.0, 700.0), clock=SimulatedClock(noise=0.003), rounds=24, warmup_ms=0.0)
     assert len(race.timings[1].samples_us) == 3  # 40 % slower
 

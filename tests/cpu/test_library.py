@@ -203,6 +203,17 @@ def test_forward_mode_is_refused_where_pytorch_would_drop_the_tangent(name: str)
         same([attend(tensors[name])], [attend(tensors[name])], rtol=0, atol=0)
 
 
+def test_forward_mode_is_refused_by_the_gated_sum_alone() -> None:
+    branches = [torch.rand(1, 5, 2, 4) for _ in range(3)]
+    for at in range(3):
+        with pytest.raises(InvalidInput, match="no forward-mode derivative"):
+            torch.func.jvp(
+                lambda x, at=at: ops.combine(torch.rand(1, 5, 2, 3), *branches[:at], x, *branches[at + 1 :]),
+                (branches[at],),
+                (torch.ones_like(branches[at]),),
+            )
+
+
 @pytest.mark.parametrize("form", ("batched", "short_q", "packed", "packed_short_q"))
 def test_gradients_of_views_are_those_of_copies(form: str) -> None:
     tensors, cu = make_tensors(form, torch.float64)

@@ -276,6 +276,29 @@ def test_another_dtype_has_a_page_of_its_own(training: ModuleType, on_a_gpu: lis
     assert {r["problem"]["dtype"] for r in found["rows"]} == {"float32"}
 
 
+def test_ctrl_c_keeps_the_lengths_that_were_measured_and_no_whole_page(
+    training: ModuleType, on_a_gpu: list[Any], tmp_path: Path, monkeypatch: PATCH
+) -> None:
+    monkeypatch.setattr(training, "GROUP_TOKENS", 128)
+    measure = training.small_group
+
+    def stopped(group: int, *rest: Any) -> Any:
+        if group == 4:
+            raise KeyboardInterrupt
+        return measure(group, *rest)
+
+    monkeypatch.setattr(training, "small_group", stopped)
+    arguments = ["--small-groups", "--untuned", "--folder", str(tmp_path)]
+    assert training.main(arguments) == 130
+    (data,) = tmp_path.glob("*.json")
+    assert data.name.endswith("-training-small-groups-interrupted.json")
+    groups = {row["problem"]["num_q_heads"] // 4 for row in json.loads(data.read_text())["rows"]}
+    assert groups == {1, 2}
+    monkeypatch.setattr(training, "GROUPS", (4,))
+    with pytest.raises(KeyboardInterrupt):  # nothing was measured: there is no page to write
+        training.main(arguments)
+
+
 def test_sections_have_a_page_of_their_own(
     training: ModuleType, on_a_gpu: list[Any], tmp_path: Path, monkeypatch: PATCH
 ) -> None:

@@ -81,6 +81,13 @@ def test_the_page_names_command_versions_and_what_was_missed(tuner: ModuleType) 
     assert "| 1 of 2 (missed) | 1 |" in text and "budget of a run: 60 trials" in text
 
 
+@pytest.mark.parametrize("option", ["--retunes", "--jobs"])
+def test_nothing_is_no_number_of_runs(option: str, tuner: ModuleType, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        tuner.main([option, "0"])
+    assert "a whole number from 1 on is needed; got 0" in capsys.readouterr().err
+
+
 class Noisy(FakeMeasurer):
     """Times of a landscape with 1 % of noise; a race shares its drift."""
 
