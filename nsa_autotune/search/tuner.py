@@ -152,9 +152,13 @@ class _Tuning:
         self.num_done = 0
         spent = sum(r.status != TWIN for r in self.records)
         self.meter = Meter(budget, 0 if retune else spent, clock)
-        self.search = ConfigSearch(task.space, seed=seed, seeds=[*first, *self._first_configs(budget, seed)])
+        limit = budget.max_trials or EXHAUSTIVE_LIMIT
+        everything = task.space.all_if_at_most(limit) or []
+        random.Random(seed).shuffle(everything)
+        seeds = [*first, *seed_configs(store, task, max(4, int(limit * SEED_SHARE))), *everything]
+        self.search = ConfigSearch(task.space, seed=seed, seeds=seeds)
         self.search.exclude(banned)
-        self.screen = Screen(task, store, 0 if self._is_covered(budget) else self.preparer.aside, seed)
+        self.screen = Screen(task, store, 0 if everything else self.preparer.aside, seed)
         self.ready: list[Prepared] = []  # proposals that the screen had compiled
         self.codes: dict[str, TrialRecord] = {}  # machine code -> the trial that measured it
         self.under_way = 0
@@ -163,18 +167,6 @@ class _Tuning:
             self.search.remember(record.config, record.median_us, twin=record.status == TWIN)
         left = None if budget.max_trials is None else max(0, budget.max_trials - self.meter.trials)
         progress.start(Plan(task.spec, task.problem, budget, len(self.records), left))
-
-    def _is_covered(self, budget: Budget) -> bool:
-        """True if the budget covers the whole space."""
-        return self.task.space.all_if_at_most(budget.max_trials or EXHAUSTIVE_LIMIT) is not None
-
-    def _first_configs(self, budget: Budget, seed: int) -> list[Config]:
-        """Seeds, and behind them in random order the whole space if the budget covers it."""
-        limit = budget.max_trials or EXHAUSTIVE_LIMIT
-        seeds = seed_configs(self.store, self.task, max(4, int(limit * SEED_SHARE)))
-        everything = self.task.space.all_if_at_most(limit) or []
-        random.Random(seed).shuffle(everything)
-        return seeds + everything
 
     def search_configs(self) -> None:
         """Measure proposals until the budget or the space is exhausted."""
