@@ -58,7 +58,7 @@ class PlanSource:
         for number, (name, tensor) in enumerate(tensors.items()):
             lines += [f" t{number} = arguments[{name!r}]", f" a{number} = t{number}.data_ptr()"]
             checks.append(f"t{number}.dtype is not {self.name(tensor.dtype)}")
-            if tensor.is_contiguous():
+            if tensor.stride() == contiguous_strides(tensor.shape):  # is_contiguous() forgives dimensions of size 1
                 checks.append(f"not t{number}.is_contiguous()")
             else:
                 checks.append(f"t{number}.stride() != {self.name(tensor.stride())}")

@@ -74,6 +74,15 @@ def test_a_call_that_is_unlike_is_refused_and_launches_nothing(changed: dict[str
     assert plan(dict(given)) and len(raw.calls) == 1
 
 
+def test_an_odd_stride_of_a_dimension_of_size_one_keeps_its_plan_to_itself() -> None:
+    """Triton specializes a kernel for strides; PyTorch calls such a tensor contiguous."""
+    odd, usual = torch.zeros(64).as_strided((1, 4, 4), (7, 4, 1)), torch.zeros(1, 4, 4)
+    assert odd.is_contiguous()
+    raw = Raw()
+    plan = plan_of([kernel(raw, Place(0))], {"x": odd})
+    assert not plan({"x": usual}) and plan({"x": odd}) and len(raw.calls) == 1
+
+
 @pytest.mark.parametrize("short", [True, False])
 def test_scratch_is_made_for_each_launch_and_operators_run_between(
     short: bool, monkeypatch: pytest.MonkeyPatch
