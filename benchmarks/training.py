@@ -124,9 +124,7 @@ def run(
         memory: list[Memory] = []
         whole = True
         try:
-            for section in sections(plan, options, bench):
-                more_rows, more_memory = gather([section], where)
-                rows, memory = rows + more_rows, memory + more_memory
+            gather(sections(plan, options, bench), where, rows, memory)
         except KeyboardInterrupt:
             if not rows:
                 raise
@@ -169,19 +167,19 @@ def measure(work: Work, bench: Bench, phi: str, hidden_size: int | None) -> Foun
     parts = [partial(beside_cudnn, work.problem, bench, phi), partial(flash, work.problem, bench)]
     if hidden_size is not None:
         parts.append(partial(module, work.problem, bench, hidden_size))
-    rows, memory = gather(parts, bench.device)
+    rows: list[Row] = []
+    memory: list[Memory] = []
+    gather(parts, bench.device, rows, memory)
     return rows + backward_rows(work, bench, phi), memory
 
 
-def gather(parts: Iterable[Callable[[], Found]], device: torch.device) -> Found:
-    """What all parts find; the memory of each is given back before the next."""
-    rows: list[Row] = []
-    memory: list[Memory] = []
+def gather(parts: Iterable[Callable[[], Found]], device: torch.device, rows: list[Row], memory: list[Memory]) -> None:
+    """Add what each part finds, as soon as it has; its memory is given back before the next."""
     for part in parts:
         more_rows, more_memory = part()
-        rows, memory = rows + more_rows, memory + more_memory
+        rows += more_rows
+        memory += more_memory
         free(device)
-    return rows, memory
 
 
 def backward_rows(work: Work, bench: Bench, phi: str) -> list[Row]:

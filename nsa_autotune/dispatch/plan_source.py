@@ -11,7 +11,7 @@ A call of Python's costs as much as a launch, so what is known when a plan is ma
         except (AttributeError, KeyError, TypeError):
             return False
         stream = v1(v2)
-        v3(v4, v5, v6, stream, *v7, (a0, ...))
+        v10(v3, v4, v5, stream, v6, v7, ..., (a0, v9, ...))
         return True
 """
 
@@ -89,10 +89,9 @@ class PlanSource:
     def _kernel(self, step: KernelStep) -> None:
         launcher = step.launcher
         given = ", ".join(map(self._argument, step.arguments))
-        head = ", ".join([self.name(launcher.raw), *map(self.name, step.grid)])
-        raw, _, sizes = head.partition(", ")
-        middle = ", ".join(map(self.name, launcher.middle))
-        self._add(f"{raw}({sizes}, stream, {middle}, {given if launcher.flat else f'({given},)'})")
+        sizes, middle = (", ".join(map(self.name, values)) for values in (step.grid, launcher.middle))
+        given = given if launcher.flat else f"({given},)"
+        self._add(f"{self.name(launcher.raw)}({sizes}, stream, {middle}, {given})")
 
     def _argument(self, value: Any) -> str:
         if isinstance(value, Place):

@@ -9,24 +9,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection
-from typing import Protocol
 
 from ..db.store import TuningStore
 from ..spec import Config
 from .ahead import Prepared
 from .guess import gpu_of
 from .space import config_key
+from .study import ConfigSearch
 from .task import Task, known_correction
 
 COMPILED_PER_TRIAL = 4
 EVERY = 3  # trials of the search, after which a favourite of the model is measured
-
-
-class Seen(Protocol):
-    """A search that knows what was proposed."""
-
-    def is_seen(self, config: Config) -> bool:
-        """True for a config that is known or under way."""
 
 
 class Screen:
@@ -43,8 +36,8 @@ class Screen:
         self._held: dict[str, tuple[float, Prepared]] = {}  # by key: guess in us
         self._turns = 0
 
-    def draw(self, num_trials: int, search: Seen) -> list[Config]:
-        """What to begin to compile after so many trials."""
+    def draw(self, num_trials: int, search: ConfigSearch) -> list[Config]:
+        """What to begin to compile after so many trials, of what the search has not seen."""
         if self._correction is None:
             return []
         room = self._at_once - len(self._compiling)
