@@ -32,6 +32,7 @@ from nsa_autotune.codegen.load import load
 from nsa_autotune.codegen.render import render
 from nsa_autotune.dispatch.dispatcher import Dispatcher
 from nsa_autotune.dispatch.fingerprint import for_target
+from nsa_autotune.dispatch.ladder import Choice, Step
 from nsa_autotune.dispatch.triton_launch import CannotPrepareError, active_device
 from nsa_autotune.kernels import get_spec
 from nsa_autotune.ops import serve
@@ -69,7 +70,7 @@ NOTES = (
     "prepared: Dispatcher.launch, lookup included. Triton's own: the generated launch function as it stands.",
     "C launcher alone: arguments ready, scratch kept; a GPU's driver is part of it. The rest of prepared is Python's.",
     "The mark judges Python's share; where PyTorch operators run between kernels, the whole.",
-    "Nothing is tuned here, so a prepared launch is also counted as a miss; one of an exact winner is not.",
+    "Kernels by themselves are served as winners; nsa_attention's and a module's launches are also counted as misses.",
     "Some launches also allocate scratch or run PyTorch operators between kernels; both ways pay for them.",
     "nsa_attention and module: forward without gradients; on a CPU their matrix products and PyTorch operators run.",
 )
@@ -181,15 +182,15 @@ def problem_of(spec: KernelSpec) -> Problem:
 
 
 class Fixed(Dispatcher):
-    """Serves one config."""
+    """Serves one config as a winner."""
 
     def __init__(self, device: torch.device, config: dict[str, Any]) -> None:
         like = dispatcher(device)
         super().__init__(None, fingerprint=like._fingerprint, trusted=like._trusted)
         self._config = config
 
-    def _load(self, spec: Any, problem: Problem, config: Any) -> Any:
-        return super()._load(spec, problem, self._config)
+    def choose(self, spec: KernelSpec, problem: Problem, device: Any = "cuda:0") -> Choice:
+        return Choice(self._config, Step.EXACT)
 
 
 def arguments_of(family: str, device: torch.device) -> dict[str, Any]:
@@ -197,7 +198,10 @@ def arguments_of(family: str, device: torch.device) -> dict[str, Any]:
     spec = get_spec(family)
     given = meta_arguments(spec, problem_of(spec))
     given = {name: value for name, value in given.items() if value is not None}  # left to their default
-    return {n: torch.zeros_like(v, device=device) if isinstance(v, torch.Tensor) else v for n, v in given.items()}
+    if family == "slc_win_decode_fwd":  # a cache's branches share their tokens unless it is told otherwise
+        given |= {"k_win": given["k_slc"], "v_win": given["v_slc"]}
+    made = {id(v): torch.zeros_like(v, device=device) for v in given.values() if isinstance(v, torch.Tensor)}
+    return {n: made.get(id(v), v) for n, v in given.items()}
 
 
 def whole_lines(device: torch.device) -> list[Line]:

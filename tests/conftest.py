@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +35,30 @@ def fixed_seed() -> None:
     """Seed torch, if a test module imported it."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def dtypes_of_shapes() -> dict[object, object]:
+    """What `one_dtype_a_shape` saw."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def one_dtype_a_shape(monkeypatch: pytest.MonkeyPatch, dtypes_of_shapes: dict[object, object]) -> None:
+    """Operators keep what prepared launches rely on: calls of one shape have tensors of the same dtypes."""
+    serve = sys.modules.get("nsa_autotune.ops.serve")
+    if serve is None:
+        return
+    launch = serve.launch
+
+    def checked(
+        dispatcher: object, spec: Any, shape: tuple[Any, ...], problem: object, tensors: Any, *rest: Any
+    ) -> Any:
+        dtypes = {name: getattr(value, "dtype", None) for name, value in tensors.items()}
+        assert dtypes_of_shapes.setdefault((spec.family, shape), dtypes) == dtypes, spec.family
+        return launch(dispatcher, spec, shape, problem, tensors, *rest)
+
+    monkeypatch.setattr(serve, "launch", checked)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

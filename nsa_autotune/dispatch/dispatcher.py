@@ -123,7 +123,7 @@ class Dispatcher:
     ) -> None:
         """Run the family's kernel; `shape` names the call, `problem()` describes it when it is new.
 
-        Calls of one `shape` have tensors of the same sizes on the same device; strides and numbers may differ.
+        Calls of one `shape` have tensors of equal sizes and dtypes on one device; strides and numbers may differ.
         """
         serve = self._plans.get(shape)
         if serve is None:

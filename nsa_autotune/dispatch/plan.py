@@ -1,7 +1,8 @@
 """A prepared launch: what a generated `launch` did, done again with other tensors by calling Triton's C launcher.
 
-Prepared once for a call's strides, dtypes and numbers, and for aligned tensors; a call that is unlike gets one of its
-own. Whatever a recording does not understand is launched by Triton itself, and counted by its reason.
+Prepared once for a call's numbers, for the strides that its launch asks for, and for aligned tensors; a call that is
+unlike gets one of its own. Whatever a recording does not understand is launched by Triton itself, and counted by its
+reason.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ Plan = Callable[[Mapping[str, Any]], bool]
 def make_plan(recording: Recording, arguments: Mapping[str, Any], device: int, stream_of: Callable[[int], int]) -> Plan:
     """What launches again with the caller's tensors and returns True, or False if they are unlike the recorded ones.
 
-    The sizes and devices of the tensors are those of the recording: who calls sees to that.
+    The sizes, dtypes and devices of the tensors are those of the recording: who calls sees to that.
     """
     source = PlanSource()
-    source.check(arguments)
+    source.check(arguments, recording.strided)
     source.launch(recording, device, stream_of)
     return source.compiled()
 

@@ -6,18 +6,23 @@ A call of Python's costs as much as a launch, so what is known when a plan is ma
         try:
             t0 = arguments['x']
             a0 = t0.data_ptr()
-            if len(arguments) != 2 or a0 & 15 or t0.dtype is not v0 or ...:
+            if len(arguments) != 2 or a0 & 15 or not t0.is_contiguous() or ...:
                 return False
         except (AttributeError, KeyError, TypeError):
             return False
         stream = v1(v2)
-        v10(v3, v4, v5, stream, v6, v7, ..., (a0, v9, ...))
+        given = v3()
+        given[0] = a0
+        call = v4()
+        call[3] = stream
+        call[17] = tuple(given)
+        v5(*call)
         return True
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +32,10 @@ from .recording import AllocationStep, KernelStep, Mapped, OperatorStep, Place, 
 
 ALIGNMENT_MASK = 15  # Triton compiles loads for pointers that are multiples of 16 bytes
 UNLIKE = "(AttributeError, KeyError, TypeError)"  # other names, or None where the recording had a tensor
+
+
+class Text(str):
+    """An expression of a plan."""
 
 
 class PlanSource:
@@ -51,20 +60,32 @@ class PlanSource:
         plan: Callable[[Mapping[str, Any]], bool] = names["make"](**self.values)
         return plan
 
-    def check(self, arguments: Mapping[str, Any]) -> None:
-        """Take the tensors out of the arguments and return False if any argument is unlike the recorded one."""
+    def check(self, arguments: Mapping[str, Any], strided: Collection[str]) -> None:
+        """Take the tensors out of the arguments and return False if any argument is unlike the recorded one.
+
+        strided: the tensors whose strides have a part in the launch; those of the others may be any.
+        """
         tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
         lines, checks = ["try:"], [f"len(arguments) != {len(arguments)}"]
+        first: dict[int, int] = {}  # number by id
+        looked_at = {id(tensors[name]) for name in strided}
         for number, (name, tensor) in enumerate(tensors.items()):
-            lines += [f" t{number} = arguments[{name!r}]", f" a{number} = t{number}.data_ptr()"]
-            checks.append(f"t{number}.dtype is not {self.name(tensor.dtype)}")
+            lines.append(f" t{number} = arguments[{name!r}]")
+            same = first.setdefault(id(tensor), number)
+            if same != number:  # keys and values of two branches: looked at once
+                lines.append(f" a{number} = a{same}")
+                checks.append(f"t{number} is not t{same}")
+                continue
+            lines.append(f" a{number} = t{number}.data_ptr()")
+            if id(tensor) not in looked_at:
+                continue
             if tensor.stride() == contiguous_strides(tensor.shape):  # is_contiguous() forgives dimensions of size 1
                 checks.append(f"not t{number}.is_contiguous()")
             else:
                 checks.append(f"t{number}.stride() != {self.name(tensor.stride())}")
         self.num_tensors = len(tensors)
         if tensors:
-            together = " | ".join(f"a{number}" for number in range(len(tensors)))
+            together = " | ".join(f"a{number}" for number in first.values())
             checks.append(f"({together}) & {ALIGNMENT_MASK}")
         numbers = [(name, value) for name, value in arguments.items() if name not in tensors]
         checks += [f"arguments[{name!r}] != {self.name(value)}" for name, value in numbers]
@@ -88,18 +109,27 @@ class PlanSource:
 
     def _kernel(self, step: KernelStep) -> None:
         launcher = step.launcher
-        given = ", ".join(map(self._argument, step.arguments))
-        sizes, middle = (", ".join(map(self.name, values)) for values in (step.grid, launcher.middle))
-        given = given if launcher.flat else f"({given},)"
-        self._add(f"{self.name(launcher.raw)}({sizes}, stream, {middle}, {given})")
+        given = [self._argument(value) for value in step.arguments]
+        if not launcher.flat:
+            self._filled("given", given)
+            given = [Text("tuple(given)")]
+        self._filled("call", [*step.grid, Text("stream"), *launcher.middle, *given])
+        self._add(f"{self.name(launcher.raw)}(*call)")
 
-    def _argument(self, value: Any) -> str:
+    def _filled(self, name: str, values: Sequence[Any]) -> None:
+        """A list of the values: to copy the constants and set the rest takes half the time of naming each."""
+        constants = [None if isinstance(value, Text) else value for value in values]
+        self._add(f"{name} = {self.name(constants.copy)}()")
+        self._add(*(f"{name}[{place}] = {value}" for place, value in enumerate(values) if isinstance(value, Text)))
+
+    def _argument(self, value: Any) -> Any:
+        """Text for what differs from call to call, else the value."""
         if isinstance(value, Place):
-            return f"a{value.number}"
+            return Text(f"a{value.number}")
         if isinstance(value, Mapped):
             address, tensor_map = f"a{value.place.number}", value.tensor_map
-            return f"{self.name(tensor_map.known.get)}({address}) or {self.name(tensor_map.at)}({address})"
-        return self.name(value)
+            return Text(f"{self.name(tensor_map.known.get)}({address}) or {self.name(tensor_map.at)}({address})")
+        return value
 
     def _allocation(self, step: AllocationStep) -> None:
         """A scratch tensor from PyTorch's allocator, as the launch itself makes it: safe for streams and graphs."""

@@ -6,7 +6,7 @@ copied over a namespace in which each kernel is wrapped, and PyTorch tells a dis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import FunctionType
@@ -14,12 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import triton_launch
 from .triton_launch import CannotPrepareError, Launcher, TensorMap
 
 ALLOCATIONS = ("aten::empty", "aten::empty_like", "aten::new_empty")
+STRIDELESS = frozenset(  # what may be asked of a tensor without its strides having a part in the answer
+    ("data_ptr", "device", "dim", "dtype", "element_size", "is_cuda", "ndim", "new_empty", "numel", "shape", "size")
+)
 
 
 @dataclass(frozen=True)
@@ -68,13 +72,51 @@ class OperatorStep:
 Step = KernelStep | AllocationStep | OperatorStep
 
 
+class StridesAsked(TorchFunctionMode):
+    """Notes the tensors whose strides may have a part in what a launch does: any but STRIDELESS was asked of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ids: set[int] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if _asked_name(func) not in STRIDELESS:
+            self._ids.update(id(value) for value in _flat((*args, *(kwargs or {}).values())))
+        return func(*args, **(kwargs or {}))
+
+    def of(self, tensor: Tensor) -> bool:
+        """True if the tensor is one of them."""
+        return id(tensor) in self._ids
+
+
+def _asked_name(func: Any) -> str:
+    """The method, or the property behind a getter."""
+    name = getattr(func, "__name__", "")
+    return str(func.__self__.__name__ if name == "__get__" else name)
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    """The values, and those in lists and tuples among them."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _flat(value)
+        else:
+            yield value
+
+
 class Recording(TorchDispatchMode):
-    """The steps of one launch; `refusal` says why they cannot stand for it, "" if they can."""
+    """The steps of one launch; `refusal` says why they cannot stand for it, "" if they can.
+
+    strided: names of the launch's tensors whose strides have a part in it.
+    """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         super().__init__()
         self.steps: list[Step] = []
         self.refusal = ""
+        self.strided: frozenset[str] = frozenset()
         self._kept = list(tensors)  # while they live, their ids are theirs
         self._count = len(tensors)
         self._places = {id(tensor): Place(number) for number, tensor in enumerate(tensors)}
@@ -185,9 +227,10 @@ def record(launch: Any, arguments: Mapping[str, Any]) -> Recording:
     """
     aliases = {name: value.detach() for name, value in arguments.items() if isinstance(value, Tensor)}
     recording = Recording(list(aliases.values()))
-    watched = _over_watched_kernels(launch, recording)
-    with recording:
+    watched, asked = _over_watched_kernels(launch, recording), StridesAsked()
+    with recording, asked:
         watched(**{**arguments, **aliases})
+    recording.strided = frozenset(name for name, alias in aliases.items() if asked.of(alias))
     return recording
 
 

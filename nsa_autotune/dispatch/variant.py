@@ -34,7 +34,8 @@ class Variant:
 
     def serve(self, trusted: Callable[[], None], ordinary: Counter[str]) -> Serve:
         """What launches it for one shape."""
-        return PreparedLaunch(self.launch, trusted, ordinary, self._explained)
+        prepared = PreparedLaunch(self.launch, trusted, ordinary, self._explained)
+        return prepared.__call__  # Python calls a method faster than an object
 
     def _explained(self, error: Exception) -> KernelError:
         """The compiler's own errors name generated lines; `told` may know more."""

@@ -156,6 +156,7 @@ def _check_phi(phi_k: Phi, phi_v: Phi, news: News, config: NSAConfig) -> None:
         if phi is None:
             continue
         checks.check_same(f"{name}.w1", phi.w1, x)
+        checks.check_same(f"{name}.w2", phi.w2, x)
         width, hidden = x.shape[3], phi.w1.shape[-1]
         want = {
             "w1": (config.compress_block_size * width, hidden),
@@ -163,6 +164,9 @@ def _check_phi(phi_k: Phi, phi_v: Phi, news: News, config: NSAConfig) -> None:
             "w2": (hidden, width),
             "b2": (width,),
         }
+        if isinstance(phi, FoldedPhi) and not phi.b1.dtype == phi.b2.dtype == torch.float32:
+            dtypes = {"b1": str(phi.b1.dtype), "b2": str(phi.b2.dtype)}
+            raise InvalidInput(f"the folded biases of {name} must be float32", dtypes, "Take them from fold().")
         found = {part: tuple(getattr(phi, part).shape) for part in want}
         if found != want:
             raise InvalidInput(f"the weights of {name} must fit l, D and the hidden width", found, f"Here: {want}.")

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..config import NSAConfig
+from ..dense import softmax_dtype
 from ..errors import InvalidInput
 from ..layout import PackedLayout
 
@@ -101,9 +102,9 @@ def check_blocks(blocks: Tensor, q: Tensor, num_kv_heads: int, config: NSAConfig
 
 def check_lse(lse: Tensor, q: Tensor) -> None:
     """lse is float32 [.., TQ, HQ] on the device of q (float64 beside float64 queries)."""
-    if lse.shape != q.shape[:-1] or lse.device != q.device or lse.dtype not in (torch.float32, torch.float64):
+    if lse.shape != q.shape[:-1] or lse.device != q.device or lse.dtype != softmax_dtype(q):
         values = {"shape": tuple(lse.shape), "dtype": str(lse.dtype), "device": str(lse.device)}
-        rule = f"lse must be float32 {tuple(q.shape[:-1])} on {q.device}"
+        rule = f"lse must be {str(softmax_dtype(q)).removeprefix('torch.')} {tuple(q.shape[:-1])} on {q.device}"
         raise InvalidInput(rule, values, "Take it from compressed_attention().")
 
 

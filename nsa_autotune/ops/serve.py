@@ -144,7 +144,7 @@ def launch(
     tensors: dict[str, Any],
     device: torch.device,
 ) -> None:
-    """Serve one kernel on `device`; `shape` tells calls apart whose tensors have other sizes or need other kernels."""
+    """Serve one kernel on `device`; calls of one `shape` have tensors of equal sizes and dtypes, and one problem."""
     chosen = dispatcher or default_dispatcher()
     key = (spec.family, device.index, *shape)
     if device.index == torch.cuda.current_device():  # to change the device and back takes longer than a launch

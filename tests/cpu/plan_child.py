@@ -194,14 +194,20 @@ def check_a_misaligned_tensor_goes_tritons_way(driver: Any) -> None:
     assert driver.take()[0][4] and len(served._plans) == 1 and sum(ordinary.values()) == 1
 
 
-def check_another_dtype_is_prepared_anew(driver: Any) -> None:
-    _, served, _ = prepare("gate_sum_fwd")
-    given = arguments_of("gate_sum_fwd")
+def check_strides_that_no_kernel_takes_are_not_compared(driver: Any) -> None:
+    """A kernel takes the strides of q, and the operators' word that lse is contiguous."""
+    module, served, _ = prepare("win_attn_fwd", use_tma=False)
+    given = arguments_of("win_attn_fwd")
     served(given)
-    served({**given, "gates": given["gates"].float()})
-    assert len(served._plans) == 2
-    first, second = driver.take()
-    assert first[-2] != second[-2] or first[4] != second[4]
+    for name, plans in (("lse", 1), ("q", 2)):
+        *sizes, last = given[name].shape
+        viewed = {**given, name: torch.zeros(*sizes, 2 * last, dtype=given[name].dtype)[..., :last]}
+        driver.take()
+        served(viewed)
+        prepared = driver.take()
+        module.launch(**viewed)
+        assert plain(prepared, viewed) == plain(driver.take(), viewed), name
+        assert len(served._plans) == plans, name
 
 
 def check_none_in_place_of_a_tensor_is_no_match(driver: Any) -> None:

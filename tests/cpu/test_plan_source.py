@@ -27,9 +27,9 @@ class Raw:
         self.calls.append(given)
 
 
-def plan_of(steps: Sequence[Any], arguments: dict[str, Any]) -> Any:
+def plan_of(steps: Sequence[Any], arguments: dict[str, Any], strided: Sequence[str] = ("x", "turned")) -> Any:
     source = PlanSource()
-    source.check(arguments)
+    source.check(arguments, [name for name in strided if name in arguments])
     source.launch(SimpleNamespace(steps=steps), 3, lambda device: 70 + device)  # type: ignore[arg-type]
     return source.compiled()
 
@@ -56,7 +56,6 @@ def test_a_kernel_gets_addresses_constants_and_the_stream() -> None:
     [
         {"scale": 0.25},
         {"x": torch.zeros(5)[1:]},  # not aligned
-        {"x": torch.zeros(4, dtype=torch.int32)},
         {"x": torch.zeros(8)[::2]},
         {"x": None},
         {"turned": torch.zeros(3, 2).t().contiguous()},
@@ -72,6 +71,24 @@ def test_a_call_that_is_unlike_is_refused_and_launches_nothing(changed: dict[str
     assert not plan({**given, **changed}) and raw.calls == []
     assert not plan({"x": given["x"], "z": 1, "scale": 0.5}) and raw.calls == []
     assert plan(dict(given)) and len(raw.calls) == 1
+
+
+def test_strides_without_a_part_in_the_launch_may_be_any() -> None:
+    raw = Raw()
+    plan = plan_of([kernel(raw, Place(0))], {"x": torch.zeros(3, 2)}, strided=())
+    turned = torch.zeros(2, 3).t()
+    assert plan({"x": turned}) and raw.calls[-1][-1] == (turned.data_ptr(),)
+
+
+def test_a_tensor_that_came_twice_must_come_twice_again() -> None:
+    """Pools that branches share are looked at once."""
+    raw, x, y = Raw(), torch.zeros(4), torch.zeros(4)
+    plan = plan_of([kernel(raw, Place(0), Place(1))], {"x": x, "turned": x})
+    assert not plan({"x": x, "turned": y}) and raw.calls == []
+    assert plan({"x": y, "turned": y}) and raw.calls[-1][-1] == (y.data_ptr(),) * 2
+    assert not plan({"x": torch.zeros(8)[::2], "turned": torch.zeros(4)})
+    view = torch.zeros(8)[::2]
+    assert not plan({"x": view, "turned": view}) and len(raw.calls) == 1
 
 
 def test_an_odd_stride_of_a_dimension_of_size_one_keeps_its_plan_to_itself() -> None:
