@@ -14,7 +14,7 @@ from ..db.records import TrialRecord
 from ..errors import InvalidInput
 from ..spec import Config, Constraint, KernelSpec, Param, Problem, canonical_json
 from .progress import WORKED
-from .space import config_key
+from .space import SCAN_LIMIT, ConfigSpace, config_key
 
 PROGRAMS = "num_programs"  # of resources; 0 where it is not known
 LEAST_WORKING = 16  # configs of a space that is worth a search
@@ -92,7 +92,7 @@ def make_space(spec: KernelSpec, records: Sequence[TrialRecord]) -> RecordedSpac
     if default is None or not default.result.ok:
         raise InvalidInput("a recorded space needs its default config", values, "Record it with `nsa-autotune tune`.")
     return RecordedSpace(
-        spec=restrict(spec, [found.config for found in configs.values()]),
+        spec=restrict(spec, problem, [found.config for found in configs.values()]),
         family=spec,
         problem=problem,
         fingerprint=dict(first.fingerprint),
@@ -128,9 +128,15 @@ def _samples(trial: TrialRecord) -> tuple[float, ...]:
     return (trial.median_us,) if trial.median_us is not None else ()
 
 
-def restrict(spec: KernelSpec, configs: Sequence[Config]) -> KernelSpec:
-    """The family with these configs as its only legal ones, and only their values as values."""
+def restrict(spec: KernelSpec, problem: Problem, configs: Sequence[Config]) -> KernelSpec:
+    """The family with these configs as its only legal ones, and only their values as values.
+
+    A space that was recorded whole needs no list: it is searched as on a GPU, but for the reserve of its parameters.
+    """
     keys = frozenset(map(config_key, configs))
+    usual = ConfigSpace(replace(spec, params=tuple(replace(param, reserve=()) for param in spec.params)), problem)
+    if usual.num_points <= SCAN_LIMIT and all(config_key(config) in keys for config in usual.configs()):
+        return usual.spec
     seen = {param.name: {canonical_json(config[param.name]) for config in configs} for param in spec.params}
     params = tuple(_with_values(param, seen[param.name]) for param in spec.params)
     recorded = Constraint("the config must have been recorded", lambda _problem, config: config_key(config) in keys)

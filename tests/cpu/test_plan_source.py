@@ -127,6 +127,45 @@ def test_scratch_is_made_for_each_launch_and_operators_run_between(
     assert raw.calls[1][-1][:2] == (x.data_ptr(), second.data_ptr()) and len(set(raw.calls[1][-1])) == 3
 
 
+def test_scratch_of_kernels_alone_is_raw_memory_and_given_back_whatever_happens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held: list[int] = []
+
+    def take(num_bytes: int, stream: int) -> int:
+        held.append(num_bytes)
+        return 4096 * num_bytes + stream
+
+    def give_back(address: int) -> None:
+        assert address == 4096 * held.pop() + 73
+
+    monkeypatch.setattr(plan_source, "raw_memory", lambda step: (take, give_back) if step.num_bytes else None)
+    seen: list[Any] = []
+
+    def raw(*given: Any) -> None:
+        seen.append((given[-1], list(held)))
+        if len(seen) == 2:
+            raise RuntimeError("no room")
+
+    x = torch.ones(4)
+    steps = [
+        AllocationStep((2, 3), torch.float64, CPU),
+        AllocationStep((0,), torch.float32, CPU),
+        AllocationStep((5,), torch.float32, CPU),
+        AllocationStep((7,), torch.float16, CPU),
+        OperatorStep(torch.Tensor.fill_, (Place(3), 2.0), {}, makes=False),
+        kernel(raw, Place(0), Place(1), Place(2), Place(3), Place(4)),  # type: ignore[arg-type]
+    ]
+    plan = plan_of(steps, {"x": x})
+    assert plan({"x": x}) and held == []
+    ((address, wide, empty, filled, half), while_launched), *_ = seen
+    assert (address, wide, half) == (x.data_ptr(), 4096 * 48 + 73, 4096 * 14 + 73) and while_launched == [48, 14]
+    assert empty == 0 and filled > 1 << 20, "an operator takes a tensor"
+    with pytest.raises(RuntimeError, match="no room"):
+        plan({"x": x})
+    assert held == [] and len(seen) == 2
+
+
 def test_a_tensor_map_is_looked_up_by_address_and_made_when_new() -> None:
     x, raw = torch.zeros(4), Raw()
     known: dict[int, str] = {}
