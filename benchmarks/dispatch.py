@@ -68,8 +68,8 @@ NOTES = (
     "Samples of all lines are taken in turns.",
     "lookup: the table's answer for a ready key. key and lookup: also the key's making, as the operators do it.",
     "prepared: Dispatcher.launch, lookup included. Triton's own: the generated launch function as it stands.",
-    "C launcher alone: arguments ready, scratch kept; a GPU's driver is part of it. The rest of prepared is Python's.",
-    "The mark judges Python's share; where PyTorch operators run between kernels, the whole.",
+    "what it calls: the C launcher, the driver in it, and operators between kernels; arguments ready, scratch kept.",
+    "The rest of prepared is Python's share, which the mark judges.",
     "Kernels by themselves are served as winners; nsa_attention's and a module's launches are also counted as misses.",
     "Some launches also allocate scratch or run PyTorch operators between kernels; both ways pay for them.",
     "nsa_attention and module: forward without gradients; on a CPU their matrix products and PyTorch operators run.",
@@ -167,12 +167,12 @@ def kernel_lines(device: torch.device) -> list[Line]:
         prepared()
         if served.ordinary:
             raise RuntimeError(f"{name} was not prepared: {dict(served.ordinary)}")
-        alone, called = raw_launch(launch, given, stream), f"{name}: C launcher alone"
+        called = f"{name}: what it calls"
         lines += [
-            Line(f"{name}: prepared", prepared, kernels, LAUNCH_MARK_US, "" if alone is None else called),
+            Line(f"{name}: prepared", prepared, kernels, LAUNCH_MARK_US, called),
             Line(f"{name}: Triton's own", partial(launch, **given), kernels),
+            Line(called, raw_launch(launch, given, stream), kernels),
         ]
-        lines += [] if alone is None else [Line(called, alone, kernels)]
     return lines
 
 

@@ -1,4 +1,4 @@
-"""The kernels of a launch by Triton's C launcher alone, arguments ready: what no Python in front of it can save."""
+"""What a launch calls, arguments ready: Triton's C launcher and PyTorch's operators; no Python before them saves it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from nsa_autotune.dispatch.recording import AllocationStep, KernelStep, Mapped, Place, record
 
 
-def raw_launch(launch: FunctionType, arguments: Mapping[str, Any], stream: int) -> Callable[[], object] | None:
-    """Launches every kernel of the call again; None where PyTorch operators run between them."""
+def raw_launch(launch: FunctionType, arguments: Mapping[str, Any], stream: int) -> Callable[[], object]:
+    """Launches every kernel of the call again, and runs the operators between them."""
     tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
     calls: list[Callable[[], object]] = []
     for step in record(launch, arguments).steps:
@@ -23,7 +23,11 @@ def raw_launch(launch: FunctionType, arguments: Mapping[str, Any], stream: int) 
         elif isinstance(step, KernelStep):
             calls.append(_ready(step, tensors, stream))
         else:
-            return None
+            given = [_tensor(value, tensors) for value in step.arguments]
+            named = {name: _tensor(value, tensors) for name, value in step.named.items()}
+            calls.append(partial(step.function, *given, **named))
+            if step.makes:
+                tensors.append(step.function(*given, **named))
 
     def again(_alive: Sequence[Tensor] = tensors) -> None:  # their memory stays theirs as long as this can be called
         for call in calls:
@@ -36,6 +40,11 @@ def _ready(step: KernelStep, tensors: list[Tensor], stream: int) -> Callable[[],
     values = [_value(value, tensors) for value in step.arguments]
     given = values if step.launcher.flat else [tuple(values)]
     return partial(step.launcher.raw, *step.grid, stream, *step.launcher.middle, *given)
+
+
+def _tensor(value: Any, tensors: list[Tensor]) -> Any:
+    """What an operator takes."""
+    return tensors[value.number] if isinstance(value, Place) else value
 
 
 def _value(value: Any, tensors: list[Tensor]) -> Any:

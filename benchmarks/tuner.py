@@ -27,7 +27,7 @@ from nsa_autotune.cli.console import errors
 from nsa_autotune.cli.options import ProblemChoice, choose_specs, split
 from nsa_autotune.cli.replay import load_spaces
 from nsa_autotune.cores import usable_cores
-from nsa_autotune.db.records import utc_now
+from nsa_autotune.db.records import WinnerRecord, utc_now
 from nsa_autotune.db.store import TuningStore
 from nsa_autotune.dispatch.fingerprint import current
 from nsa_autotune.errors import NSAError
@@ -123,10 +123,22 @@ class _Last(NullProgress):
         self.outcome = outcome
 
 
-def tune_once(spec: KernelSpec, problem: Problem, seed: int, budget: Budget, **how: Any) -> Run | None:
-    """One tuning into an empty database; `how` is the measurer, the preparer and the fingerprint."""
+def winners_elsewhere(spec: KernelSpec, problem: Problem) -> list[WinnerRecord]:
+    """What ships of the family's other problems, of all GPUs."""
+    own = spec.problem_key(problem)
+    with TuningStore("sqlite://") as store:
+        winners = store.winners(family=spec.family)
+    return [winner for winner in winners if spec.problem_key(Problem.from_dict(winner.problem)) != own]
+
+
+def tune_once(
+    spec: KernelSpec, problem: Problem, seed: int, budget: Budget, known: Sequence[WinnerRecord], **how: Any
+) -> Run | None:
+    """One tuning into a database of the known winners; `how` is the measurer, the preparer and the fingerprint."""
     last = _Last()
     with TuningStore("sqlite://", import_shipped=False) as store:
+        for record in known:
+            store.set_winner(record)
         winner = tune_problem(spec, problem, store=store, budget=budget, seed=seed, progress=last, **how)
         trials = store.trials(family=spec.family)
     if winner is None or last.outcome is None:
@@ -186,6 +198,7 @@ def measure(options: argparse.Namespace) -> tuple[list[Repeated], dict[str, str]
     with MeasureWorker(options.device) as worker, compile_ahead(here.capability, options.jobs) as preparer:
         for spec, problem in [(s, part) for whole in problems for s in specs for part in tuning_problems(s, whole)]:
             how = {"measurer": worker, "preparer": preparer, "fingerprint": here.to_dict()}
+            how |= {"known": winners_elsewhere(spec, problem) if options.known else ()}
 
             def tune(seed: int, spec: KernelSpec = spec, problem: Problem = problem, how: Any = how) -> Run | None:
                 run = tune_once(spec, problem, seed, budget, **how)
@@ -201,11 +214,13 @@ def replayed(options: argparse.Namespace) -> tuple[list[Repeated], dict[str, str
     budget, found = parse_budget(options.budget), []
     spaces = load_spaces([options.replay], None, split([options.families]), None)
     for space in spaces:
+        known = winners_elsewhere(space.family, space.problem) if options.known else ()
 
-        def tune(seed: int, space: RecordedSpace = space) -> Run | None:
+        def tune(seed: int, space: RecordedSpace = space, known: Sequence[WinnerRecord] = known) -> Run | None:
             clock = ReplayClock()
             how = {"measurer": ReplayMeasurer(space, seed, clock), "preparer": ReplayPreparer(space, clock)}
             how |= {"fingerprint": space.fingerprint, "clock": clock, "digest_of": lambda _: space.template_digest}
+            how |= {"known": known}
             return tune_once(space.spec, space.problem, seed, budget, **how)
 
         found.append(repeat(tune, options.retunes, space.family.family, space.problem))
@@ -220,6 +235,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seq", default="8k")
     parser.add_argument("--families", default="", help="win_attn_fwd if none, with --replay all of the file")
     parser.add_argument("--replay", type=Path, metavar="FILE", help="an export with the trials of whole spaces")
+    parser.add_argument("--known", action="store_true", help="with the winners that ship of other problems, not empty")
     parser.add_argument("--retunes", type=positive, default=20)
     parser.add_argument("--budget", default="quick")
     parser.add_argument("--jobs", type=positive, default=usable_cores())
