@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import one_dtype
 import pytest
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -37,28 +38,19 @@ def fixed_seed() -> None:
         sys.modules["torch"].manual_seed(0)
 
 
-@pytest.fixture(scope="session")
-def dtypes_of_shapes() -> dict[object, object]:
-    """What `one_dtype_a_shape` saw."""
-    return {}
-
-
 @pytest.fixture(autouse=True)
-def one_dtype_a_shape(monkeypatch: pytest.MonkeyPatch, dtypes_of_shapes: dict[object, object]) -> None:
-    """Operators keep what prepared launches rely on: calls of one shape have tensors of the same dtypes."""
+def one_dtype_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every launch of an operator is noted, if a test module imported them."""
     serve = sys.modules.get("nsa_autotune.ops.serve")
     if serve is None:
         return
     launch = serve.launch
 
-    def checked(
-        dispatcher: object, spec: Any, shape: tuple[Any, ...], problem: object, tensors: Any, *rest: Any
-    ) -> Any:
-        dtypes = {name: getattr(value, "dtype", None) for name, value in tensors.items()}
-        assert dtypes_of_shapes.setdefault((spec.family, shape), dtypes) == dtypes, spec.family
-        return launch(dispatcher, spec, shape, problem, tensors, *rest)
+    def noted(dispatcher: object, spec: Any, shape: Any, problem: object, tensors: Any, device: object) -> Any:
+        one_dtype.note(spec.family, shape, tensors)
+        return launch(dispatcher, spec, shape, problem, tensors, device)
 
-    monkeypatch.setattr(serve, "launch", checked)
+    monkeypatch.setattr(serve, "launch", noted)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

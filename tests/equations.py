@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import one_dtype
 import pytest
 import torch
 from torch import Tensor
@@ -50,6 +51,7 @@ def take_the_kernels_way(patch: pytest.MonkeyPatch) -> None:
     """CPU tensors take the way of CUDA tensors, and end in the dispatcher's launch."""
 
     def launch(dispatcher: Dispatcher, spec: KernelSpec, shape: Any, problem: Any, tensors: Any, device: Any) -> None:
+        one_dtype.note(spec.family, shape, tensors)
         dispatcher.launch(spec, (spec.family, *shape), problem, device, tensors)
 
     patch.setattr(serve, "on_kernels", lambda x: True)

@@ -213,6 +213,7 @@ BAD: list[tuple[str, Callable[[], dict[str, Any]], str]] = [
     ("selected_attention", lambda: {"blocks": torch.zeros(2, 70, H, 4)}, "blocks must be int32 (2, 70, 2, 4) on cpu"),
     ("selected_attention", lambda: {"blocks": torch.zeros(2, 70, H, 4).int().to("meta")}, "device='meta'"),
     ("select_blocks", lambda: {"lse": torch.zeros(2, 70, HQ).half()}, "lse must be float32 (2, 70, 4) on cpu"),
+    ("select_blocks", lambda: {"lse": torch.zeros(2, 70, HQ).double()}, "lse must be float32 (2, 70, 4) on cpu"),
     ("select_blocks", lambda: {"lse": torch.zeros(2, 70, H)}, "Take it from compressed_attention()"),
     ("select_blocks", lambda: {"seq_k": 90}, "k_cmp must hold floor((TK - l) / d) + 1 blocks"),
     ("compressed_attention", lambda: {"seq_k": 69}, "so TQ <= TK must hold"),

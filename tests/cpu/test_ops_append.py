@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -182,6 +183,11 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written() -> None:
         ("of torch.float16 or", lambda: step(k=k.half(), v=v.half())),
         ("phi_k and phi_v come together", lambda: step(phi_k=phi_k)),
         ("the weights of phi_v must fit", lambda: step(phi_k=phi_k, phi_v=phi_k)),
+        ("phi_v.w2 must have the dtype of q", lambda: step(phi_k=phi_k, phi_v=replace(phi_v, w2=phi_v.w2.half()))),
+        (
+            "the folded biases of phi_k must be float32",
+            lambda: step(phi_k=replace(fold(phi_k), b2=phi_k.b2.half()), phi_v=fold(phi_v)),
+        ),
         ("hidden layers of one width", lambda: step(phi_k=phi_k, phi_v=phi_of(D_V, 2, 32))),
         ("block_table must be int32", lambda: step(table=table.long())),
         ("lengths must be int32", lambda: step(lengths=lengths[:1])),

@@ -62,6 +62,19 @@ def test_a_space_holds_the_recorded_configs_and_no_others() -> None:
     assert SPACE.spec.default_config(PROBLEM) == SPEC.default_config(PROBLEM)
 
 
+def test_a_space_that_was_recorded_whole_is_searched_as_on_a_gpu() -> None:
+    """Without a list of configs; the reserve of its parameters was not recorded."""
+    spec = get_spec("cmp_pool_fwd")
+    legal = sum(1 for _ in ConfigSpace(spec, PROBLEM).configs())
+    records = invented_records(spec.family, PROBLEM, legal)
+    whole, most = make_space(spec, records), make_space(spec, records[:-1])
+    assert whole.spec.only is None and most.spec.only is not None and len(most.spec.only) == legal - 1
+    assert {config_key(config) for config in ConfigSpace(whole.spec, PROBLEM).configs()} == set(whole.configs)
+    assert all(not param.reserve for param in whole.spec.params) and any(param.reserve for param in spec.params)
+    found = replay(whole, "tune", f"{legal}", seed=0)
+    assert found.num_measured >= legal and found.regret is not None and found.regret < 0.02
+
+
 def test_samples_of_all_measurements_of_a_config_count_and_a_later_failure_does_not() -> None:
     first = RECORDS[0]
     raced = replace(first, stage="final", samples_us=(1.0, 2.0), median_us=1.5, created="2026-02-01T00:00:00+00:00")

@@ -17,11 +17,15 @@ from cpu.search_fakes import DEFAULT, FINGERPRINT, PROBLEM, SPEC, FakeMeasurer, 
 
 from nsa_autotune.bench.result import TrialResult
 from nsa_autotune.bench.timing import summarize
+from nsa_autotune.db.store import TuningStore
 from nsa_autotune.errors import NSAError
+from nsa_autotune.kernels import get_spec
 from nsa_autotune.search.progress import Effort
+from nsa_autotune.search.space import config_key
 from nsa_autotune.spec import Config, Problem
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
+LONGER = PROBLEM.replace(seq_q=2048, seq_k=2048)
 FACTS = {"gpu": "Fake 100", "date": "2026-01-02", "triton": "3"}
 
 
@@ -117,13 +121,31 @@ def test_tunings_of_a_whole_space_agree_and_count_their_effort(tuner: ModuleType
 
     def tune(seed: int) -> Any:
         how = {"measurer": Noisy(seed), "preparer": None, "fingerprint": FINGERPRINT, "digest_of": digest_of}
-        return tuner.tune_once(SPEC, PROBLEM, seed, trials(1000), **how)
+        return tuner.tune_once(SPEC, PROBLEM, seed, trials(1000), (), **how)
 
     found = tuner.repeat(tune, 2, SPEC.family, PROBLEM)
     assert found.agreeing(0) == 2 and found.agrees
     assert all(run.effort.trials > 900 and run.effort.seconds > run.effort.waited_seconds for run in found.runs)
     with pytest.raises(NSAError, match="no config works"):
         tuner.repeat(lambda seed: None, 3, SPEC.family, PROBLEM)
+
+
+def test_known_winners_are_those_of_other_problems_and_are_tried_first(tuner: ModuleType) -> None:
+    spec = get_spec("win_attn_fwd")
+    problem = Problem(seq_q=8192, seq_k=8192, num_q_heads=64, num_kv_heads=4, d_qk=128, d_v=128)
+    with TuningStore("sqlite://") as store:
+        shipped = store.winners(family=spec.family)
+    known, own = tuner.winners_elsewhere(spec, problem), spec.problem_key(problem)
+    keys = {winner.problem_key for winner in shipped}
+    assert own in keys and {winner.problem_key for winner in known} == keys - {own}
+
+    other = {**DEFAULT, "num_warps": 8}
+    record = replace(known[0], family=SPEC.family, config=other, problem=LONGER.to_dict())
+    record = replace(record, problem_key=SPEC.problem_key(LONGER), fingerprint=FINGERPRINT)
+    measurer = FakeMeasurer(make_landscape(1))
+    how = {"measurer": measurer, "fingerprint": FINGERPRINT, "digest_of": digest_of}
+    tuner.tune_once(SPEC, PROBLEM, 0, trials(20), (record,), **how)
+    assert measurer.measured[:2] == [config_key(DEFAULT), config_key(other)]
 
 
 def test_recorded_spaces_are_tuned_again_without_a_gpu(tuner: ModuleType, tmp_path: Path) -> None:
