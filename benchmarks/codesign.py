@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from forward import RESULTS, gpu_slug, without_places, write_page
+from forward import RESULTS, gpu_slug, results_folder, without_places, write_page
 
 from nsa_autotune.cli.console import errors
 from nsa_autotune.db.records import utc_now
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--trials", type=int, default=20, help="for each kernel of a design")
     parser.add_argument("--minutes", type=float, default=10.0, help="after these no design begins")
     parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--folder", type=Path, default=RESULTS)
+    parser.add_argument("--folder", type=results_folder, default=RESULTS)
     options = parser.parse_args(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)  # fail before measuring, not after
     try:

@@ -17,10 +17,9 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import fmean
 
-from forward import RESULTS, positive, without_places, write_page
+from forward import RESULTS, positive, results_folder, without_places, write_page
 
 from nsa_autotune.cli.console import errors
 from nsa_autotune.cli.options import ProblemChoice, choose_specs, split
@@ -111,7 +110,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--count", type=positive, default=64, help="variants of a family")
     parser.add_argument("--jobs", type=positive, default=usable_cores(), help="processes")
     parser.add_argument("--target", default="cuda:90")
-    parser.add_argument("--folder", type=Path, default=RESULTS)
+    parser.add_argument("--folder", type=results_folder, default=RESULTS)
     options = parser.parse_args(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)  # fail before compiling, not after
     try:

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from forward import RESULTS, gpu_slug, without_places, write_page
+from forward import RESULTS, gpu_slug, results_folder, without_places, write_page
 
 from nsa_autotune.cli.bench import say
 from nsa_autotune.cli.bench_entries import Work, branch_entries
@@ -86,7 +86,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--db", default=None)
     parser.add_argument("--untuned", action="store_true", help="default configs only")
-    parser.add_argument("--folder", type=Path, default=RESULTS)
+    parser.add_argument("--folder", type=results_folder, default=RESULTS)
     parser.add_argument("--launch", action="store_true", help=argparse.SUPPRESS)  # the child's part
     return parser.parse_args(arguments)
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import sqlalchemy
 from database_fill import GPUS, VERSIONS, Filled, fill, sizes
-from forward import without_places, write_page
+from forward import results_folder, without_places, write_page
 
 from nsa_autotune.cli.bench_report import markdown_table
 from nsa_autotune.cli.templates import current_templates
@@ -126,7 +126,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=1_000_000)
     parser.add_argument("--samples", type=int, default=15)
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the page is written")
+    parser.add_argument("--folder", type=results_folder, default=RESULTS, help="where the page is written")
     parser.add_argument("--file", type=Path, help="a file to fill and keep, or to ask again; else a temporary one")
     return parser.parse_args(arguments)
 

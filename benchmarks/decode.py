@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from decode_calls import POLICY, dense_entries, our_entries
 from decode_page import COMPRESSED, GATHERED, Line, markdown, size_text, to_dict
-from forward import RESULTS, gpu_slug, without_places, write_page
+from forward import RESULTS, gpu_slug, results_folder, without_places, write_page
 
 from nsa_autotune.bench.timing import Fn, make_clock
 from nsa_autotune.cli.bench import say
@@ -83,7 +83,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--db", default=None)
     parser.add_argument("--untuned", action="store_true", help="default configs only")
-    parser.add_argument("--folder", type=Path, default=RESULTS)
+    parser.add_argument("--folder", type=results_folder, default=RESULTS)
     return parser.parse_args(arguments)
 
 

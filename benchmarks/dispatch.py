@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from dispatch_machine import machine
 from dispatch_raw import raw_launch
-from forward import positive, without_places, write_page
+from forward import positive, results_folder, without_places, write_page
 
 from nsa_autotune import KVCache, NativeSparseAttention, NSAConfig, nsa_attention
 from nsa_autotune.cli.bench_report import markdown_table
@@ -114,7 +114,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=positive, default=150)
     parser.add_argument("--calls", type=positive, default=20, help="few, as kernels alternate in a model")
-    parser.add_argument("--folder", type=Path, default=RESULTS)
+    parser.add_argument("--folder", type=results_folder, default=RESULTS)
     options = parser.parse_args(arguments)
     if options.samples < 2:
         parser.error(f"--samples: a spread needs at least two; got {options.samples}")
@@ -201,7 +201,11 @@ def arguments_of(family: str, device: torch.device) -> dict[str, Any]:
     if family == "slc_win_decode_fwd":  # a cache's branches share their tokens unless it is told otherwise
         given |= {"k_win": given["k_slc"], "v_win": given["v_slc"]}
     made = {id(v): torch.zeros_like(v, device=device) for v in given.values() if isinstance(v, torch.Tensor)}
-    return {n: made.get(id(v), v) for n, v in given.items()}
+    found = {n: made.get(id(v), v) for n, v in given.items()}
+    if "gate" in found:  # training passes a column of three gates, which is not aligned
+        gate = found["gate"]
+        found["gate"] = gate.new_zeros((*gate.shape, 3))[..., 1]
+    return found
 
 
 def whole_lines(device: torch.device) -> list[Line]:

@@ -76,7 +76,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--untuned", action="store_true", help="default configs only")
     parser.add_argument("--module", action="store_true", help="also the module with its projections")
     parser.add_argument("--hidden-size", type=int, default=4096, help="of the module")
-    parser.add_argument("--folder", type=Path, default=RESULTS)
+    parser.add_argument("--folder", type=results_folder, default=RESULTS)
     return parser.parse_args(arguments)
 
 
@@ -85,6 +85,15 @@ def positive(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"a whole number from 1 on is needed; got {text}")
     return int(text)
+
+
+def results_folder(text: str) -> Path:
+    """A folder that there is or can be, as an option's type."""
+    path = Path(text)
+    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise argparse.ArgumentTypeError(f"a folder is needed; {nearest} is a file")
+    return path
 
 
 def asked_dtypes(text: str) -> tuple[str, ...]:

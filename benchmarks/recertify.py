@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from forward import RESULTS, gpu_slug, without_places, write_page
+from forward import RESULTS, gpu_slug, results_folder, without_places, write_page
 
 from nsa_autotune.cli.console import errors
 from nsa_autotune.cli.options import choose_specs, split
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--families", default=FAMILIES)
     parser.add_argument("--budget", default="quick")
     parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--folder", type=Path, default=RESULTS)
+    parser.add_argument("--folder", type=results_folder, default=RESULTS)
     options = parser.parse_args(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)  # fail before measuring, not after
     try:

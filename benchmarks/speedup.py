@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forward import RESULTS
+from forward import RESULTS, results_folder
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 GPU = "h200"
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str]) -> int:
     """Draw and print the points; 1 if there is nothing to draw or no matplotlib."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", default=GPU, help="part of the results' file names")
-    parser.add_argument("--folder", type=Path, default=RESULTS)
+    parser.add_argument("--folder", type=results_folder, default=RESULTS)
     parser.add_argument("--out", type=Path, default=DOCS / "speedup.svg")
     options = parser.parse_args(arguments)
     files = [*options.folder.glob(f"*{options.gpu}-training.json"), *options.folder.glob(f"*{options.gpu}-decode.json")]

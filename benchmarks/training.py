@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from forward import RESULTS, asked_dtypes, check_hidden_size, gpu_slug, without_places, write_page
+from forward import RESULTS, asked_dtypes, check_hidden_size, gpu_slug, results_folder, without_places, write_page
 from training_calls import dense_entries, module_entries, our_entries
 from training_page import (
     BOTH,
@@ -91,7 +91,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--db", default=None)
     parser.add_argument("--untuned", action="store_true", help="default configs only")
-    parser.add_argument("--folder", type=Path, default=RESULTS)
+    parser.add_argument("--folder", type=results_folder, default=RESULTS)
     return parser.parse_args(arguments)
 
 

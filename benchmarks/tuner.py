@@ -1,9 +1,10 @@
 """Claim: a problem that is tuned again gets the same winner, or one that was tied with it; the GPU seldom waits.
 
-Tunes one problem of each family --retunes times, each time from another seed into an empty database, and writes
-`results/<date>-<gpu>-tuner.md` and `.json`: how often the winner was the usual one or tied with it, how far apart the
-winners' times are, what a run took, and how long the GPU waited for compilers meanwhile. With --replay the problems
-are those of recorded spaces, and no GPU is needed (`-tuner-replayed`); drift between runs is not met then.
+Tunes one problem of each family --retunes times, each time from another seed into a database that is empty or, with
+--known, holds what ships of other problems, and writes `results/<date>-<gpu>-tuner.md` (`-tuner-known`) and `.json`:
+how often the winner was the usual one or tied with it, how far apart the winners' times are, what a run took, and how
+long the GPU waited for compilers meanwhile. With --replay the problems are those of recorded spaces, and no GPU is
+needed (`-tuner-replayed`); drift between runs is not met then.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from forward import RESULTS, gpu_slug, positive, without_places, write_page
+from forward import RESULTS, gpu_slug, positive, results_folder, without_places, write_page
 
 from nsa_autotune.bench.worker import MeasureWorker
 from nsa_autotune.cli.console import errors
@@ -145,8 +146,8 @@ def tune_once(
         return None
     named = {config_key(config) for config in (winner.config, *winner.tied)}
     codes = {config_key(t.config): code_of(t.resources or {}) for t in trials if config_key(t.config) in named}
-    known = {key: code for key, code in codes.items() if code}
-    return Run(winner.config, tuple(winner.tied), winner.median_us, last.outcome.effort, known)
+    told = {key: code for key, code in codes.items() if code}
+    return Run(winner.config, tuple(winner.tied), winner.median_us, last.outcome.effort, told)
 
 
 def row(repeated: Repeated) -> tuple[str, ...]:
@@ -218,9 +219,14 @@ def replayed(options: argparse.Namespace) -> tuple[list[Repeated], dict[str, str
 
         def tune(seed: int, space: RecordedSpace = space, known: Sequence[WinnerRecord] = known) -> Run | None:
             clock = ReplayClock()
-            how = {"measurer": ReplayMeasurer(space, seed, clock), "preparer": ReplayPreparer(space, clock)}
-            how |= {"fingerprint": space.fingerprint, "clock": clock, "digest_of": lambda _: space.template_digest}
-            how |= {"known": known}
+            how: dict[str, Any] = {"measurer": ReplayMeasurer(space, seed, clock)}
+            how |= {
+                "preparer": ReplayPreparer(space, clock),
+                "known": known,
+                "fingerprint": space.fingerprint,
+                "clock": clock,
+                "digest_of": lambda _: space.template_digest,
+            }
             return tune_once(space.spec, space.problem, seed, budget, **how)
 
         found.append(repeat(tune, options.retunes, space.family.family, space.problem))
@@ -240,7 +246,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--budget", default="quick")
     parser.add_argument("--jobs", type=positive, default=usable_cores())
     parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--folder", type=Path, default=RESULTS)
+    parser.add_argument("--folder", type=results_folder, default=RESULTS)
     options = parser.parse_args(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)  # fail before measuring, not after
     try:
@@ -252,7 +258,8 @@ def main(arguments: Sequence[str]) -> int:
     text = page(found, facts, command, str(budget))
     print(text)
     data = json.dumps({"facts": facts, "command": command, "runs": [asdict(r) for r in found]}, indent=1)
-    stem = f"{facts['date']}-{gpu_slug(facts['gpu'])}-tuner{'-replayed' if options.replay else ''}"
+    kind = ("-replayed" if options.replay else "") + ("-known" if options.known else "")
+    stem = f"{facts['date']}-{gpu_slug(facts['gpu'])}-tuner{kind}"
     for path in write_page(options.folder / stem, text, data + "\n"):
         print(path)
     return int(not agree(found))

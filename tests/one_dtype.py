@@ -9,6 +9,6 @@ _dtypes_of: dict[Hashable, dict[str, Any]] = {}
 
 
 def note(family: str, shape: Hashable, tensors: Mapping[str, Any]) -> None:
-    """Fail if the operators asked for the family with this shape before, and with other dtypes."""
+    """Fail if a test of this process had the family launched with this shape before, and with other dtypes."""
     dtypes = {name: getattr(value, "dtype", None) for name, value in tensors.items()}
     assert _dtypes_of.setdefault((family, shape), dtypes) == dtypes, family

@@ -11,6 +11,7 @@ from ..errors import StoreError, WorkerError
 from .codesign_plan import Plan
 from .codesign_report import draw, report
 from .console import errors
+from .tune_run import EXIT_INTERRUPTED
 from .tune_suspects import settle
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from .codesign_display import CodesignDisplay
 
 EXIT_NOTHING_WORKS = 1
-EXIT_INTERRUPTED = 130
 
 
 def execute(plan: Plan) -> int:

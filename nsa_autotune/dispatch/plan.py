@@ -1,8 +1,8 @@
 """A prepared launch: what a generated `launch` did, done again with other tensors by calling Triton's C launcher.
 
-Prepared once for a call's numbers, for the strides that its launch asks for, and for aligned tensors; a call that is
-unlike gets one of its own. Whatever a recording does not understand is launched by Triton itself, and counted by its
-reason.
+Prepared once for a call's numbers, for the strides that its launch asks for, and for which tensors are aligned; a call
+that is unlike gets one of its own. Whatever a recording does not understand is launched by Triton itself, and counted
+by its reason.
 """
 
 from __future__ import annotations
@@ -13,16 +13,13 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import triton_launch
-from .plan_source import ALIGNMENT_MASK, PlanSource
+from .plan_source import PlanSource
 from .recording import Recording, record
 from .triton_launch import CannotPrepareError
 
 MOST_PLANS = 8  # layouts and numbers of one shape
-
-_address = Tensor.data_ptr
 
 Plan = Callable[[Mapping[str, Any]], bool]
 
@@ -86,7 +83,11 @@ class PreparedLaunch:
             self._refusal = recording.refusal
             self._ordinary[recording.refusal] += 1
             return
-        self._plans.append(make_plan(recording, arguments, *triton_launch.active_device()))
+        try:
+            self._plans.append(make_plan(recording, arguments, *triton_launch.active_device()))
+        except Exception as error:  # the launch itself is done and was right
+            self._refusal = f"{type(error).__name__}: {error}"
+            self._ordinary[self._refusal] += 1
 
     def _check(self, arguments: Mapping[str, Any]) -> None:
         """Raise CannotPrepareError if this call must not be recorded."""
@@ -94,8 +95,6 @@ class PreparedLaunch:
             raise CannotPrepareError(self._refusal)
         if self._hooked():
             raise CannotPrepareError("launch hooks are installed")
-        if any(_address(value) & ALIGNMENT_MASK for value in arguments.values() if isinstance(value, Tensor)):
-            raise CannotPrepareError("a tensor is not aligned to 16 bytes")
         if len(self._plans) >= MOST_PLANS:
             raise CannotPrepareError(f"a shape came in more than {MOST_PLANS} layouts")
         self._trusted()

@@ -22,7 +22,7 @@ A call of Python's costs as much as a launch, so what is known when a plan is ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,9 @@ from torch import Tensor
 
 from .recording import AllocationStep, KernelStep, Mapped, OperatorStep, Place, Recording, Step
 
-ALIGNMENT_MASK = 15  # Triton compiles loads for pointers that are multiples of 16 bytes
+ALIGNMENT_MASK = 15  # Triton compiles other loads for pointers that are multiples of 16 bytes
+MOST_RAW_BYTES = 1 << 20  # of raw scratch: a Ctrl-C while it is taken loses it
+MOST_RAW = 8  # of them in a plan, each in a `try` within the last: Python takes 20
 UNLIKE = "(AttributeError, KeyError, TypeError)"  # other names, or None where the recording had a tensor
 
 
@@ -86,9 +88,11 @@ class PlanSource:
             else:
                 checks.append(f"t{number}.stride() != {self.name(tensor.stride())}")
         self.num_tensors = len(tensors)
-        if tensors:
-            together = " | ".join(f"a{number}" for number in first.values())
+        aligned, odd = by_alignment(first.values(), list(tensors.values()))
+        if aligned:
+            together = " | ".join(f"a{number}" for number in aligned)
             checks.append(f"({together}) & {ALIGNMENT_MASK}")
+        checks += [f"not a{number} & {ALIGNMENT_MASK}" for number in odd]
         numbers = [(name, value) for name, value in arguments.items() if name not in tensors]
         checks += [f"arguments[{name!r}] != {self.name(value)}" for name, value in numbers]
         lines += [f" if {' or '.join(checks)}:", "  return False", f"except {UNLIKE}:", " return False"]
@@ -104,7 +108,8 @@ class PlanSource:
             elif isinstance(step, OperatorStep):
                 self._operator(step)
             else:
-                raw = None if Place(self.num_tensors) in as_tensors else raw_memory(step)
+                by_tensor = Place(self.num_tensors) in as_tensors or len(self._raw) == MOST_RAW
+                raw = None if by_tensor else raw_memory(step)
                 self._allocation(step) if raw is None else self._raw_allocation(step, *raw)
         while self._raw:
             self._indent, ending = self._raw.pop()
@@ -180,6 +185,13 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return torch.empty(shape, device="meta").stride()
 
 
+def by_alignment(numbers: Iterable[int], tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+    """Of the numbered tensors those that are aligned, and those that are not, such as a column of the gates."""
+    numbers = list(numbers)
+    odd = [number for number in numbers if tensors[number].data_ptr() & ALIGNMENT_MASK]
+    return [number for number in numbers if number not in odd], odd
+
+
 def places_in_operators(steps: Sequence[Step]) -> set[Place]:
     """The tensors that PyTorch's operators take: those need be tensors."""
     found: set[Place] = set()
@@ -194,9 +206,8 @@ def raw_memory(step: AllocationStep) -> tuple[Callable[..., int], Callable[..., 
     torch.cuda.caching_allocator_alloc does, in half the time of a tensor. None where there is no such way."""
     names = ("_cuda_cudaCachingAllocator_raw_alloc", "_cuda_cudaCachingAllocator_raw_delete")
     take, give_back = (getattr(torch._C, name, None) for name in names)
-    if step.device.type != "cuda" or step.num_bytes == 0 or take is None or give_back is None:
-        return None
-    return take, give_back
+    fits = step.device.type == "cuda" and 0 < step.num_bytes <= MOST_RAW_BYTES
+    return (take, give_back) if fits and take is not None and give_back is not None else None
 
 
 def short_allocator(device: torch.device) -> Callable[..., Tensor] | None:

@@ -22,7 +22,7 @@ from . import triton_launch
 from .triton_launch import CannotPrepareError, Launcher, TensorMap
 
 ALLOCATIONS = ("aten::empty", "aten::empty_like", "aten::new_empty")
-STRIDELESS = frozenset(  # what may be asked of a tensor without its strides having a part in the answer
+STRIDELESS = frozenset(  # what may be asked of a tensor without its strides having a part; whatever is not here has
     ("data_ptr", "device", "dim", "dtype", "element_size", "is_cuda", "ndim", "new_empty", "numel", "shape", "size")
 )
 

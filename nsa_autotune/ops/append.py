@@ -44,7 +44,8 @@ News = dict[str, tuple[Tensor, Tensor]]  # keys and values by branch, the shared
 def fold(phi: PhiWeights) -> FoldedPhi:
     """Weights for `append`, made once for weights that stay as they are: they hold for every step."""
     share = phi.position.float().flatten() @ phi.w1.float()  # phi is linear before its activation
-    return FoldedPhi(phi.w1.contiguous(), phi.b1.float() + share, phi.w2.contiguous(), phi.b2.float())
+    b1, b2 = (phi.b1.float() + share).contiguous(), phi.b2.float().contiguous()
+    return FoldedPhi(phi.w1.contiguous(), b1, phi.w2.contiguous(), b2)
 
 
 @torch.no_grad()
@@ -155,8 +156,7 @@ def _check_phi(phi_k: Phi, phi_v: Phi, news: News, config: NSAConfig) -> None:
     for name, phi, x in (("phi_k", phi_k, news["raw"][0]), ("phi_v", phi_v, news["raw"][1])):
         if phi is None:
             continue
-        checks.check_same(f"{name}.w1", phi.w1, x)
-        checks.check_same(f"{name}.w2", phi.w2, x)
+        _check_parts(name, phi, x)
         width, hidden = x.shape[3], phi.w1.shape[-1]
         want = {
             "w1": (config.compress_block_size * width, hidden),
@@ -164,15 +164,30 @@ def _check_phi(phi_k: Phi, phi_v: Phi, news: News, config: NSAConfig) -> None:
             "w2": (hidden, width),
             "b2": (width,),
         }
-        if isinstance(phi, FoldedPhi) and not phi.b1.dtype == phi.b2.dtype == torch.float32:
-            dtypes = {"b1": str(phi.b1.dtype), "b2": str(phi.b2.dtype)}
-            raise InvalidInput(f"the folded biases of {name} must be float32", dtypes, "Take them from fold().")
         found = {part: tuple(getattr(phi, part).shape) for part in want}
         if found != want:
             raise InvalidInput(f"the weights of {name} must fit l, D and the hidden width", found, f"Here: {want}.")
     if phi_k is not None and phi_v is not None and phi_k.w1.shape[1] != phi_v.w1.shape[1]:
         widths = {"phi_k": phi_k.w1.shape[1], "phi_v": phi_v.w1.shape[1]}
         raise InvalidInput("phi_k and phi_v must have hidden layers of one width", widths)
+
+
+def _check_parts(name: str, phi: PhiWeights | FoldedPhi, x: Tensor) -> None:
+    """All on the device of x, weights of its dtype; what is folded, as `fold` makes it: kernels take no strides."""
+    for part in fields(phi):
+        tensor: Tensor = getattr(phi, part.name)
+        if part.name in ("w1", "w2"):
+            checks.check_same(f"{name}.{part.name}", tensor, x)
+        checks.check_tensor(f"{name}.{part.name}", tensor)
+        if tensor.device != x.device:
+            values = {"tokens": str(x.device), f"{name}.{part.name}": str(tensor.device)}
+            raise InvalidInput(f"{name}.{part.name} must be on the device of the tokens", values, "Use .to().")
+        if isinstance(phi, FoldedPhi):
+            is_bias = part.name in ("b1", "b2")
+            if not tensor.is_contiguous() or (is_bias and tensor.dtype != torch.float32):
+                found = {"dtype": tensor.dtype, "strides": tensor.stride()}
+                rule = f"{name}.{part.name} must be contiguous" + (" and float32" if is_bias else "")
+                raise InvalidInput(rule, found, "Take it from fold().")
 
 
 def _on_kernels(step: _Step, news: News, phi_k: Phi, phi_v: Phi) -> None:

@@ -49,7 +49,7 @@ def launch_compress(
         phi = PhiWeights(*weights)
         family, hidden = "cmp_mlp_fwd", phi.w1.shape[-1]
         share = phi.position.float().flatten() @ phi.w1.float()  # phi is linear before its activation
-        bias = {"b1": phi.b1.float() + share, "b2": phi.b2.float()}
+        bias = {"b1": phi.b1.float() + share, "b2": phi.b2.float().contiguous()}
         tensors |= {"w1": phi.w1.contiguous(), "w2": phi.w2.contiguous(), **bias}
     shape = (x.shape, x.dtype, config, serve.packing_of(layout), hidden)
     problem = partial(serve.describe, None, x, config, layout, seq_k=x.shape[-3], d_v=x.shape[-1], phi_hidden=hidden)

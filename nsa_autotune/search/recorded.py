@@ -91,8 +91,10 @@ def make_space(spec: KernelSpec, records: Sequence[TrialRecord]) -> RecordedSpac
     default = configs.get(config_key(spec.default_config(problem)))
     if default is None or not default.result.ok:
         raise InvalidInput("a recorded space needs its default config", values, "Record it with `nsa-autotune tune`.")
+    only = restrict(spec, problem, [found.config for found in configs.values()])
+    configs = {key: found for key, found in configs.items() if only.broken_constraint(problem, found.config) is None}
     return RecordedSpace(
-        spec=restrict(spec, problem, [found.config for found in configs.values()]),
+        spec=only,
         family=spec,
         problem=problem,
         fingerprint=dict(first.fingerprint),

@@ -14,12 +14,12 @@ from optuna.trial import TrialState, create_trial
 from ..db.records import TrialRecord
 from ..errors import InvalidInput
 from ..spec import Config, KernelSpec, Problem, Value, canonical_json
+from .progress import WORKED
 from .space import ConfigSpace
 from .study import quiet_optuna
 
 FANOVA, PED_ANOVA = "fANOVA", "PED-ANOVA"
 LEAST_CONFIGS = 20  # of which anything can be said
-TIMED = ("ok", "same_code")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _times_us(space: ConfigSpace, trials: Sequence[TrialRecord]) -> dict[str, Ti
     """Median over the trials of each usual config that worked."""
     found: dict[str, tuple[Config, list[float]]] = {}
     for trial in trials:
-        timed = trial.status in TIMED and trial.median_us is not None and trial.provider == "template"
+        timed = trial.status in WORKED and trial.median_us is not None and trial.provider == "template"
         if timed and space.is_legal(trial.config) and space.is_usual(trial.config):
             _, times = found.setdefault(canonical_json(trial.config), (trial.config, []))
             times.append(trial.median_us or 0.0)

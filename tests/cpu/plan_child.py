@@ -19,7 +19,7 @@ from torch import Tensor
 from nsa_autotune.codegen.compile import meta_arguments
 from nsa_autotune.codegen.load import load
 from nsa_autotune.codegen.render import render
-from nsa_autotune.dispatch import triton_launch
+from nsa_autotune.dispatch import plan, triton_launch
 from nsa_autotune.dispatch.dispatcher import Dispatcher
 from nsa_autotune.dispatch.fingerprint import for_target
 from nsa_autotune.dispatch.plan import MOST_PLANS, PreparedLaunch
@@ -178,20 +178,45 @@ def check_other_strides_are_prepared_anew(driver: Any) -> None:
     assert len(served._plans) == 3 and not ordinary
 
 
-def check_a_misaligned_tensor_goes_tritons_way(driver: Any) -> None:
-    module, served, ordinary = prepare("gate_sum_fwd")
+def check_a_misaligned_tensor_has_a_plan_of_its_own(driver: Any) -> None:
+    """Triton compiles another kernel for it: other loads."""
+    kernels = plans_of_alternatives(driver, "gate_sum_fwd", "o_cmp", lambda x, n: x.new_zeros(x.numel() + 8)[n : n - 8])
+    assert kernels[0] == kernels[4] != kernels[1] == kernels[2] == kernels[3], kernels
+
+
+def check_a_column_of_gates_is_prepared(driver: Any) -> None:
+    """As in training, where those of two branches are misaligned."""
+    plans_of_alternatives(driver, "win_attn_bwd_dq", "gate", lambda x, n: x.new_zeros((*x.shape, 3))[..., n])
+
+
+def plans_of_alternatives(driver: Any, family: str, name: str, make: Callable[[Tensor, int], Tensor]) -> list[int]:
+    """The kernels launched with an argument that begins 0, 1, 2, 1 and 0 elements in."""
+    module, served, ordinary = prepare(family)
+    given, kernels = arguments_of(family), []
+    for begin in (0, 1, 2, 1, 0):
+        other = {**given, name: make(given[name], begin).view(given[name].shape)}
+        driver.take()
+        served(other)
+        prepared = driver.take()
+        module.launch(**other)
+        assert plain(prepared, other) == plain(driver.take(), other)
+        kernels.append(prepared[0][4])
+    assert len(served._plans) == 2 and not ordinary, ordinary
+    return kernels
+
+
+def check_a_plan_that_cannot_be_made_is_counted(driver: Any) -> None:
+    """The recorded launch is done by then."""
+    _, served, ordinary = prepare("gate_sum_fwd")
     given = arguments_of("gate_sum_fwd")
+    make, plan.make_plan = plan.make_plan, lambda *_: exec("try:")
+    try:
+        served(given)
+    finally:
+        plan.make_plan = make
+    assert len(driver.take()) == 1 and sum(ordinary.values()) == 1 and "IndentationError" in str(ordinary), ordinary
     served(given)
-    size = given["gates"].numel()
-    shifted = torch.zeros(size + 1, dtype=torch.float16)[1:].view(given["gates"].shape)  # 2 bytes off
-    driver.take()
-    served({**given, "gates": shifted})
-    (launch,) = driver.take()
-    assert launch[4] != 0 and ordinary == {"a tensor is not aligned to 16 bytes": 1}, ordinary
-    module.launch(**{**given, "gates": shifted})
-    assert launch[4] == driver.take()[0][4]  # the kernel that was compiled for such an address
-    served(given)
-    assert driver.take()[0][4] and len(served._plans) == 1 and sum(ordinary.values()) == 1
+    assert len(driver.take()) == 1 and sum(ordinary.values()) == 2
 
 
 def check_strides_that_no_kernel_takes_are_not_compared(driver: Any) -> None:

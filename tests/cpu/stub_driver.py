@@ -58,7 +58,7 @@ class StubDriver:
         self.loads += 1
         self.loading.set()
         time.sleep(self.loads_in)
-        return 1, 1 + hash(name) % 0xFFFF, 32, 0, 1024
+        return 1, 1 + hash((name, rest[0])) % 0xFFFFFF, 32, 0, 1024  # another number for other machine code
 
     @staticmethod
     def tensor_map(address: int, *rest: Any) -> tuple[Any, ...]:

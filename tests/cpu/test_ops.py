@@ -19,6 +19,7 @@ from nsa_autotune.errors import InvalidInput, InvalidProblem, KernelError, NotTu
 from nsa_autotune.kernels import get_spec
 from nsa_autotune.layout import PackedLayout, packed_layout
 from nsa_autotune.ops import checks, launches, serve
+from nsa_autotune.ops.append import fold
 from nsa_autotune.reference import PhiWeights
 from nsa_autotune.spec import KernelSpec
 
@@ -479,6 +480,17 @@ def test_phi_sees_its_position_through_the_bias(recorder: Recorder) -> None:
     windows = x.unfold(1, 8, 4).movedim(-1, -2).flatten(-2)
     hidden = torch.nn.functional.silu(windows @ given["w1"] + given["b1"])
     torch.testing.assert_close(hidden @ given["w2"] + given["b2"], reference.compress_mlp(x, phi, CONFIG))
+
+
+def test_weights_of_phi_reach_the_kernel_contiguous(recorder: Recorder) -> None:
+    """It takes no strides of them."""
+    phi, x = make_phi(D_QK, hidden=16), torch.randn(1, 40, H, D_QK)
+    odd = PhiWeights(*(getattr(phi, f.name).repeat_interleave(2, -1)[..., ::2] for f in fields(phi)))
+    ops.compress(x, CONFIG, odd, dispatcher=recorder)
+    given = recorder.calls[0][3]
+    assert all(given[name].is_contiguous() for name in ("w1", "b1", "w2", "b2"))
+    assert all(getattr(fold(odd), f.name).is_contiguous() for f in fields(fold(odd)))
+    torch.testing.assert_close(given["b2"], phi.b2)
 
 
 def test_too_short_sequences_launch_no_compressed_attention(recorder: Recorder) -> None:

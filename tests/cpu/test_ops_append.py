@@ -184,9 +184,18 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written() -> None:
         ("phi_k and phi_v come together", lambda: step(phi_k=phi_k)),
         ("the weights of phi_v must fit", lambda: step(phi_k=phi_k, phi_v=phi_k)),
         ("phi_v.w2 must have the dtype of q", lambda: step(phi_k=phi_k, phi_v=replace(phi_v, w2=phi_v.w2.half()))),
+        ("phi_k.b2 must be on the device", lambda: step(phi_k=replace(phi_k, b2=phi_k.b2.to("meta")), phi_v=phi_v)),
         (
-            "the folded biases of phi_k must be float32",
+            "phi_k.b2 must be contiguous and float32",
             lambda: step(phi_k=replace(fold(phi_k), b2=phi_k.b2.half()), phi_v=fold(phi_v)),
+        ),
+        (
+            "phi_k.b1 must be contiguous and float32",
+            lambda: step(phi_k=replace(fold(phi_k), b1=phi_k.b1.repeat_interleave(2)[::2]), phi_v=fold(phi_v)),
+        ),
+        (
+            "phi_v.w1 must be contiguous",
+            lambda: step(phi_k=fold(phi_k), phi_v=replace(fold(phi_v), w1=phi_v.w1.t().contiguous().t())),
         ),
         ("hidden layers of one width", lambda: step(phi_k=phi_k, phi_v=phi_of(D_V, 2, 32))),
         ("block_table must be int32", lambda: step(table=table.long())),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nsa_autotune.dispatch import plan_source
-from nsa_autotune.dispatch.plan_source import PlanSource, contiguous_strides, short_allocator
+from nsa_autotune.dispatch.plan_source import MOST_RAW, PlanSource, contiguous_strides, raw_memory, short_allocator
 from nsa_autotune.dispatch.recording import AllocationStep, KernelStep, Mapped, OperatorStep, Place
 from nsa_autotune.dispatch.triton_launch import Launcher
 
@@ -78,6 +78,41 @@ def test_strides_without_a_part_in_the_launch_may_be_any() -> None:
     plan = plan_of([kernel(raw, Place(0))], {"x": torch.zeros(3, 2)}, strided=())
     turned = torch.zeros(2, 3).t()
     assert plan({"x": turned}) and raw.calls[-1][-1] == (turned.data_ptr(),)
+
+
+def test_a_misaligned_tensor_is_served_misaligned_only() -> None:
+    raw, odd = Raw(), torch.zeros(5)[1:]
+    plan = plan_of([kernel(raw, Place(0))], {"x": odd, "turned": torch.zeros(4)})
+    assert not plan({"x": torch.zeros(4), "turned": torch.zeros(4)}) and raw.calls == []
+    assert not plan({"x": odd, "turned": torch.zeros(5)[1:]}) and raw.calls == []
+    assert plan({"x": torch.zeros(7)[3:], "turned": torch.zeros(4)}) and len(raw.calls) == 1
+
+
+def test_only_small_scratch_is_raw_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Ctrl-C while it is taken loses it."""
+    monkeypatch.setattr(torch._C, "_cuda_cudaCachingAllocator_raw_alloc", "take", raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_cudaCachingAllocator_raw_delete", "give back", raising=False)
+    small, large = (AllocationStep((n,), torch.float16, torch.device("cuda")) for n in (1 << 19, (1 << 19) + 1))
+    assert raw_memory(small) == ("take", "give back") and raw_memory(large) is None
+    assert raw_memory(AllocationStep((4,), torch.float16, CPU)) is None
+    assert raw_memory(AllocationStep((0,), torch.float16, torch.device("cuda"))) is None
+
+
+def test_many_scratch_tensors_make_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python nests 20 blocks."""
+    held: list[int] = []
+
+    def take(num_bytes: int, stream: int) -> int:
+        held.append(1000 + len(held))
+        return held[-1]
+
+    monkeypatch.setattr(plan_source, "raw_memory", lambda step: (take, held.remove))
+    raw, x = Raw(), torch.zeros(4)
+    steps = [*(AllocationStep((16,), torch.float32, CPU) for _ in range(30)), kernel(raw, *map(Place, range(31)))]
+    assert plan_of(steps, {"x": x})({"x": x}) and held == []
+    first, *others = raw.calls[0][-1]
+    assert first == x.data_ptr() and others[:MOST_RAW] == [1000 + n for n in range(MOST_RAW)]
+    assert len(set(others)) == 30 and min(others[MOST_RAW:]) > 1 << 20, "the rest are tensors"
 
 
 def test_a_tensor_that_came_twice_must_come_twice_again() -> None:
