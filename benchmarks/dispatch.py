@@ -72,7 +72,7 @@ NOTES = (
     "The rest of prepared is Python's share, which the mark judges.",
     "Kernels by themselves are served as winners; nsa_attention's and a module's launches are also counted as misses.",
     "Some launches also allocate scratch or run PyTorch operators between kernels; both ways pay for them.",
-    "nsa_attention and module: forward without gradients; on a CPU their matrix products and PyTorch operators run.",
+    "nsa_attention, module and what else runs whole: on a CPU their matrix products and PyTorch operators run.",
 )
 
 
@@ -225,8 +225,16 @@ def whole_lines(device: torch.device) -> list[Line]:
             Line(f"nsa_attention, mean compression: {name}", attend, 7),
             Line(f"module with rotary and learned compression: {name}", partial(module, x), 7),
             Line(f"decode step, mean compression: {name}", decode_step(device, served), 3),
+            Line(f"forward and gradients, mean compression: {name}", training_step(served, q, k, v, gates), 22),
         ]
     return lines
+
+
+def training_step(served: Dispatcher, *tensors: torch.Tensor) -> Callable[[], object]:
+    """The output of nsa_attention and the gradients of its tensors."""
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    do, attend = torch.ones_like(leaves[0]), partial(nsa_attention, *leaves, config=PROBLEM.nsa, dispatcher=served)
+    return lambda: torch.autograd.grad(attend(), leaves, do)
 
 
 def decode_step(device: torch.device, served: Dispatcher) -> Callable[[], object]:

@@ -91,10 +91,8 @@ def make_space(spec: KernelSpec, records: Sequence[TrialRecord]) -> RecordedSpac
     default = configs.get(config_key(spec.default_config(problem)))
     if default is None or not default.result.ok:
         raise InvalidInput("a recorded space needs its default config", values, "Record it with `nsa-autotune tune`.")
-    only = restrict(spec, problem, [found.config for found in configs.values()])
-    configs = {key: found for key, found in configs.items() if only.broken_constraint(problem, found.config) is None}
     return RecordedSpace(
-        spec=only,
+        spec=restrict(spec, problem, [found.config for found in configs.values()]),
         family=spec,
         problem=problem,
         fingerprint=dict(first.fingerprint),
@@ -134,6 +132,7 @@ def restrict(spec: KernelSpec, problem: Problem, configs: Sequence[Config]) -> K
     """The family with these configs as its only legal ones, and only their values as values.
 
     A space that was recorded whole needs no list: it is searched as on a GPU, but for the reserve of its parameters.
+    Recorded configs from there are judged and count for the best, but are not found.
     """
     keys = frozenset(map(config_key, configs))
     usual = ConfigSpace(replace(spec, params=tuple(replace(param, reserve=()) for param in spec.params)), problem)
