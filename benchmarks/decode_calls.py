@@ -20,8 +20,9 @@ from nsa_autotune.cli.bench_report import CUDNN, FLASH
 from nsa_autotune.dispatch.dispatcher import Dispatcher
 from nsa_autotune.errors import InvalidProblem
 from nsa_autotune.kernels import get_spec
-from nsa_autotune.ops.append import FoldedPhi, append, fold
+from nsa_autotune.ops.append import append
 from nsa_autotune.ops.decode import decode_attention, decode_counters, pages
+from nsa_autotune.ops.phi import FoldedPhi, fold
 from nsa_autotune.paged import FP8, CachePools, Pages
 from nsa_autotune.reference import PhiWeights
 from nsa_autotune.spec import Cost, Problem

@@ -22,7 +22,7 @@ A call of Python's costs as much as a launch, so what is known when a plan is ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,6 +72,7 @@ class PlanSource:
         tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
         lines, checks = ["try:"], [f"len(arguments) != {len(arguments)}"]
         first: dict[int, int] = {}  # number by id
+        aligned: list[str] = []  # addresses
         looked_at = {id(tensors[name]) for name in strided}
         for number, (name, tensor) in enumerate(tensors.items()):
             lines.append(f" t{number} = arguments[{name!r}]")
@@ -81,6 +82,10 @@ class PlanSource:
                 checks.append(f"t{number} is not t{same}")
                 continue
             lines.append(f" a{number} = t{number}.data_ptr()")
+            if tensor.data_ptr() & ALIGNMENT_MASK:  # such as a column of the gates
+                checks.append(f"not a{number} & {ALIGNMENT_MASK}")
+            else:
+                aligned.append(f"a{number}")
             if id(tensor) not in looked_at:
                 continue
             if tensor.stride() == contiguous_strides(tensor.shape):  # is_contiguous() forgives dimensions of size 1
@@ -88,11 +93,8 @@ class PlanSource:
             else:
                 checks.append(f"t{number}.stride() != {self.name(tensor.stride())}")
         self.num_tensors = len(tensors)
-        aligned, odd = by_alignment(first.values(), list(tensors.values()))
         if aligned:
-            together = " | ".join(f"a{number}" for number in aligned)
-            checks.append(f"({together}) & {ALIGNMENT_MASK}")
-        checks += [f"not a{number} & {ALIGNMENT_MASK}" for number in odd]
+            checks.append(f"({' | '.join(aligned)}) & {ALIGNMENT_MASK}")
         numbers = [(name, value) for name, value in arguments.items() if name not in tensors]
         checks += [f"arguments[{name!r}] != {self.name(value)}" for name, value in numbers]
         lines += [f" if {' or '.join(checks)}:", "  return False", f"except {UNLIKE}:", " return False"]
@@ -183,13 +185,6 @@ class PlanSource:
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     """Strides in elements, the last dimension dense."""
     return torch.empty(shape, device="meta").stride()
-
-
-def by_alignment(numbers: Iterable[int], tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
-    """Of the numbered tensors those that are aligned, and those that are not, such as a column of the gates."""
-    numbers = list(numbers)
-    odd = [number for number in numbers if tensors[number].data_ptr() & ALIGNMENT_MASK]
-    return [number for number in numbers if number not in odd], odd
 
 
 def places_in_operators(steps: Sequence[Step]) -> set[Place]:

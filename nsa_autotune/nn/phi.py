@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops.append import FoldedPhi, fold
+from ..ops.phi import FoldedPhi, fold
 from ..reference import PhiWeights
 
 

@@ -18,34 +18,10 @@ from ..reference import PhiWeights
 from ..spec import Problem
 from . import checks, paged_checks, serve
 from .decode import describe, pages
-
-
-@dataclass(frozen=True)
-class FoldedPhi:
-    """phi as the kernels take it: the share of the position encoding is part of b1, biases are float32."""
-
-    w1: Tensor  # [l * D, HIDDEN]
-    b1: Tensor  # [HIDDEN] float32
-    w2: Tensor  # [HIDDEN, D]
-    b2: Tensor  # [D] float32
-
-    def unfolded(self, config: NSAConfig) -> PhiWeights:
-        """As the equations take it."""
-        dtype, rows = self.w1.dtype, config.compress_block_size
-        position = self.w1.new_zeros(rows, self.w2.shape[1])
-        return PhiWeights(position, self.w1, self.b1.to(dtype), self.w2, self.b2.to(dtype))
-
+from .phi import FoldedPhi, fold
 
 Phi = PhiWeights | FoldedPhi | None
 News = dict[str, tuple[Tensor, Tensor]]  # keys and values by branch, the shared ones under "raw" alone
-
-
-@torch.no_grad()
-def fold(phi: PhiWeights) -> FoldedPhi:
-    """Weights for `append`, made once for weights that stay as they are: they hold for every step."""
-    share = phi.position.float().flatten() @ phi.w1.float()  # phi is linear before its activation
-    b1, b2 = (phi.b1.float() + share).contiguous(), phi.b2.float().contiguous()
-    return FoldedPhi(phi.w1.contiguous(), b1, phi.w2.contiguous(), b2)
 
 
 @torch.no_grad()
@@ -178,10 +154,9 @@ def _check_parts(name: str, phi: PhiWeights | FoldedPhi, x: Tensor) -> None:
         tensor: Tensor = getattr(phi, part.name)
         if part.name in ("w1", "w2"):
             checks.check_same(f"{name}.{part.name}", tensor, x)
-        checks.check_tensor(f"{name}.{part.name}", tensor)
-        if tensor.device != x.device:
-            values = {"tokens": str(x.device), f"{name}.{part.name}": str(tensor.device)}
-            raise InvalidInput(f"{name}.{part.name} must be on the device of the tokens", values, "Use .to().")
+        else:
+            checks.check_tensor(f"{name}.{part.name}", tensor)
+            checks.check_device(f"{name}.{part.name}", tensor, x)
         if isinstance(phi, FoldedPhi):
             is_bias = part.name in ("b1", "b2")
             if not tensor.is_contiguous() or (is_bias and tensor.dtype != torch.float32):

@@ -18,8 +18,10 @@ from ..config import NSAConfig
 from ..dense import softmax_dtype
 from ..dispatch.dispatcher import Dispatcher
 from ..layout import PackedLayout
+from ..reference import PhiWeights
 from ..spec import KernelSpec, Problem
 from . import checks, launches, serve
+from .phi import folded_bias
 from .serve import Call
 
 Gradients = list[Tensor | None]
@@ -228,12 +230,11 @@ def _unfold_bias(saved: Sequence[Tensor], found: dict[str, Tensor]) -> list[Tens
 
 
 def _phi_tensors(x: Tensor, weights: Sequence[Tensor]) -> dict[str, Tensor]:
-    position, w1, b1, w2, b2 = weights
-    share = position.float().flatten() @ w1.float()
+    _, w1, b1, w2, b2 = weights
     return {
         "x": x,
         "w1": w1.contiguous(),
-        "b1": b1.float() + share,
+        "b1": folded_bias(PhiWeights(*weights)),
         "w2": w2.contiguous(),
         "dw1": torch.empty_like(w1, memory_format=torch.contiguous_format),
         "db1": torch.empty_like(b1, dtype=torch.float32),

@@ -34,6 +34,11 @@ def check_same(name: str, x: Tensor, q: Tensor) -> None:
     if x.dtype != q.dtype:
         values = {"q": str(q.dtype), name: str(x.dtype)}
         raise InvalidInput(f"{name} must have the dtype of q", values, f"Use {name}.to(q.dtype).")
+    check_device(name, x, q)
+
+
+def check_device(name: str, x: Tensor, q: Tensor) -> None:
+    """x is on the device of q."""
     if x.device != q.device:
         values = {"q": str(q.device), name: str(x.device)}
         raise InvalidInput(f"{name} must be on the device of q", values, f"Use {name}.to(q.device).")

@@ -20,6 +20,7 @@ from ..layout import PackedLayout
 from ..reference import PhiWeights
 from ..spec import Problem
 from . import checks, serve
+from .phi import fold
 from .serve import Call
 
 WINDOW_AND_SUM = "win_sum_fwd"
@@ -46,11 +47,9 @@ def launch_compress(
     tensors = {"x": x, "out": out, **rows(layout, "cmp_source")}
     family, hidden = "cmp_pool_fwd", 128
     if weights:
-        phi = PhiWeights(*weights)
+        phi = fold(PhiWeights(*weights))
         family, hidden = "cmp_mlp_fwd", phi.w1.shape[-1]
-        share = phi.position.float().flatten() @ phi.w1.float()  # phi is linear before its activation
-        bias = {"b1": phi.b1.float() + share, "b2": phi.b2.float().contiguous()}
-        tensors |= {"w1": phi.w1.contiguous(), "w2": phi.w2.contiguous(), **bias}
+        tensors |= vars(phi)
     shape = (x.shape, x.dtype, config, serve.packing_of(layout), hidden)
     problem = partial(serve.describe, None, x, config, layout, seq_k=x.shape[-3], d_v=x.shape[-1], phi_hidden=hidden)
     serve.launch(dispatcher, kernels.get_spec(family), shape, problem, tensors, x.device)

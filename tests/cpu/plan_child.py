@@ -76,6 +76,16 @@ def plain(launches: Launches, given: dict[str, Any]) -> list[Any]:
     return [simple(list(launch)) for launch in launches]
 
 
+def launched_alike(driver: Any, module: Any, served: PreparedLaunch, given: dict[str, Any]) -> Launches:
+    """What is launched, which is what Triton's own launch with the same tensors is."""
+    driver.take()
+    served(given)
+    prepared: Launches = driver.take()
+    module.launch(**given)
+    assert plain(prepared, given) == plain(driver.take(), given)
+    return prepared
+
+
 def same_as_tritons(driver: Any, family: str, num_kernels: int, **changes: Any) -> None:
     """What is launched for new tensors is what Triton's own launch of them is."""
     module, served, ordinary = prepare(family, **changes)
@@ -155,11 +165,7 @@ def check_another_number_is_prepared_anew(driver: Any) -> None:
     given = arguments_of("win_attn_fwd")
     served(given)
     for scale in (0.5, 0.25, 0.5):
-        driver.take()
-        served({**given, "scale": scale})
-        prepared = driver.take()
-        module.launch(**{**given, "scale": scale})
-        assert plain(prepared, given) == plain(driver.take(), given)
+        launched_alike(driver, module, served, {**given, "scale": scale})
     assert len(served._plans) == 3
 
 
@@ -170,11 +176,7 @@ def check_other_strides_are_prepared_anew(driver: Any) -> None:
     for heads in (8, 8, 12, 8, 12):
         wide = torch.zeros(1, 64, heads, 32, dtype=torch.float16)
         viewed = {**given, "q": wide[:, :, :4], "k": wide[:, :, 6:7]}  # other strides and storage offsets
-        driver.take()
-        served(viewed)
-        prepared = driver.take()
-        module.launch(**viewed)
-        assert plain(prepared, viewed) == plain(driver.take(), viewed)
+        launched_alike(driver, module, served, viewed)
     assert len(served._plans) == 3 and not ordinary
 
 
@@ -195,12 +197,7 @@ def plans_of_alternatives(driver: Any, family: str, name: str, make: Callable[[T
     given, kernels = arguments_of(family), []
     for begin in (0, 1, 2, 1, 0):
         other = {**given, name: make(given[name], begin).view(given[name].shape)}
-        driver.take()
-        served(other)
-        prepared = driver.take()
-        module.launch(**other)
-        assert plain(prepared, other) == plain(driver.take(), other)
-        kernels.append(prepared[0][4])
+        kernels.append(launched_alike(driver, module, served, other)[0][4])
     assert len(served._plans) == 2 and not ordinary, ordinary
     return kernels
 
@@ -227,11 +224,7 @@ def check_strides_that_no_kernel_takes_are_not_compared(driver: Any) -> None:
     for name, plans in (("lse", 1), ("q", 2)):
         *sizes, last = given[name].shape
         viewed = {**given, name: torch.zeros(*sizes, 2 * last, dtype=given[name].dtype)[..., :last]}
-        driver.take()
-        served(viewed)
-        prepared = driver.take()
-        module.launch(**viewed)
-        assert plain(prepared, viewed) == plain(driver.take(), viewed), name
+        launched_alike(driver, module, served, viewed)
         assert len(served._plans) == plans, name
 
 

@@ -19,7 +19,7 @@ from nsa_autotune.errors import InvalidInput, InvalidProblem, KernelError, NotTu
 from nsa_autotune.kernels import get_spec
 from nsa_autotune.layout import PackedLayout, packed_layout
 from nsa_autotune.ops import checks, launches, serve
-from nsa_autotune.ops.append import fold
+from nsa_autotune.ops.phi import fold
 from nsa_autotune.reference import PhiWeights
 from nsa_autotune.spec import KernelSpec
 

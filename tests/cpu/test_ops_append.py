@@ -19,7 +19,8 @@ from nsa_autotune.config import NSAConfig
 from nsa_autotune.dispatch.dispatcher import Dispatcher
 from nsa_autotune.dispatch.fingerprint import for_target
 from nsa_autotune.errors import InvalidInput
-from nsa_autotune.ops.append import append, fold
+from nsa_autotune.ops.append import append
+from nsa_autotune.ops.phi import fold
 from nsa_autotune.paged import FP8, CachePools, read_compressed, read_tokens
 from nsa_autotune.reference import PhiWeights
 from nsa_autotune.spec import KernelSpec, Problem
